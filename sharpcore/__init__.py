@@ -1,0 +1,63 @@
+"""sharpcore: exact curvature of diffusion score networks, and what it says about memorization."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Public name -> the module that defines it. Resolved on first use, so that importing sharpcore stays cheap.
+_EXPORTS = {
+    "linearize": "sharpcore.linearize",
+    "Linearization": "sharpcore.linearize",
+    "ScoreFunction": "sharpcore.score",
+    "ScoreJacobian": "sharpcore.operators",
+    "Hessian": "sharpcore.operators",
+    "HessianDifference": "sharpcore.operators",
+    "SharpnessScorer": "sharpcore.pipeline",
+    "SharpnessCallback": "sharpcore.callback",
+    "ScoreTable": "sharpcore.table",
+}
+_ERRORS = (
+    "SharpcoreError",
+    "InvalidInput",
+    "UnsupportedModel",
+    "UnsupportedOperation",
+    "NonFiniteError",
+    "OutOfMemory",
+    "MissingDependency",
+)
+_EXPORTS.update(dict.fromkeys(_ERRORS, "sharpcore.errors"))
+
+__all__ = ["__version__", *_EXPORTS]
+
+if TYPE_CHECKING:
+    from sharpcore.callback import SharpnessCallback as SharpnessCallback
+    from sharpcore.errors import InvalidInput as InvalidInput
+    from sharpcore.errors import MissingDependency as MissingDependency
+    from sharpcore.errors import NonFiniteError as NonFiniteError
+    from sharpcore.errors import OutOfMemory as OutOfMemory
+    from sharpcore.errors import SharpcoreError as SharpcoreError
+    from sharpcore.errors import UnsupportedModel as UnsupportedModel
+    from sharpcore.errors import UnsupportedOperation as UnsupportedOperation
+    from sharpcore.linearize import Linearization as Linearization
+    from sharpcore.linearize import linearize as linearize
+    from sharpcore.operators import Hessian as Hessian
+    from sharpcore.operators import HessianDifference as HessianDifference
+    from sharpcore.operators import ScoreJacobian as ScoreJacobian
+    from sharpcore.pipeline import SharpnessScorer as SharpnessScorer
+    from sharpcore.score import ScoreFunction as ScoreFunction
+    from sharpcore.table import ScoreTable as ScoreTable
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        value = getattr(importlib.import_module(_EXPORTS[name]), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'sharpcore' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(_EXPORTS))

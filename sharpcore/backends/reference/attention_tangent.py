@@ -1,0 +1,201 @@
+"""Attention with its row statistics, its tangents and its transpose in plain PyTorch, in blocks of rows."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+aten = torch.ops.aten
+
+# Entries of the largest intermediate of a block: it stays in a CPU's last-level cache, and an N x N matrix never exists.
+_BLOCK_ENTRIES = 1 << 19
+
+
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T + mask) v, and the log-sum-exp of each row.
+
+    q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S] and is added to the
+    scores. Returns out [..., L, Ev] and lse [..., L]; a row whose scores are all -inf gives zeros and lse = -inf.
+    """
+    if q.device.type == "cpu" and q.dim() == 4 and _flash_fits(q, k, v, mask):
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        if mask is None or not bool(torch.isneginf(mask).any()):
+            return out, lse
+        lse = _row_logsumexp(q, k, mask, scale)
+        return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
+    lse = _row_logsumexp(q, k, mask, scale)
+    if q.device.type == "cpu":
+        # A row without any admissible key is NaN in PyTorch's mathematical attention and zero in its fused one.
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), lse
+
+
+def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """Whether PyTorch's fused CPU attention, which returns the row statistics as well, takes these operands."""
+    return (
+        q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        and q.dtype == k.dtype == v.dtype
+        and q.shape[-1] == v.shape[-1]
+        and 0 not in q.shape
+        and 0 not in k.shape
+        and (mask is None or (mask.dtype == q.dtype and mask.dim() in (2, 4)))
+        and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    )
+
+
+def _row_logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    lse = q.new_empty(q.shape[:-1])
+    for rows in _row_blocks(q.shape[-2], q.shape[:-2].numel() * k.shape[-2]):
+        scores = _scores(q, k, mask, scale, rows)
+        lse[..., rows] = torch.logsumexp(scores, -1)
+    return lse
+
+
+def _row_blocks(length: int, entries_per_row: int) -> list[slice]:
+    size = max(1, min(length, _BLOCK_ENTRIES // max(1, entries_per_row)))
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float, rows: slice) -> Tensor:
+    scores = (q[..., rows, :] * scale) @ k.mT
+    if mask is not None:
+        scores = scores + (mask if mask.shape[-2] == 1 else mask[..., rows, :])
+    return scores
+
+
+def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
+    """exp(scores - lse) in place, zero in rows that have no admissible key."""
+    shift = lse.masked_fill(torch.isneginf(lse), 0) if lse.dtype.is_floating_point else lse
+    return scores.sub_(shift.unsqueeze(-1)).exp_()
+
+
+def _flat(x: Tensor, leading: int) -> Tensor:
+    """Merge the axes between the `leading` first ones and the last two into one."""
+    return x.reshape(*x.shape[:leading], -1, *x.shape[-2:])
+
+
+def _flat_mask(mask: Tensor | None, batch: torch.Size, length: int, keys: int) -> Tensor | None:
+    if mask is None:
+        return None
+    if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
+        return mask.reshape(1, *((1,) * (2 - mask.dim())), *mask.shape[-2:])
+    return mask.expand(*batch, *mask.shape[-2:]).reshape(-1, *mask.shape[-2:])
+
+
+def attention_tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    *,
+    mask: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """The tangents of attention's output for K tangents of its operands.
+
+    q, k, v, mask, scale as in `attention_forward`, out and lse as it returned them; dq [K, ..., L, E], dk [K, ..., S, E],
+    dv [K, ..., S, Ev], None where an operand carries no tangent. Returns [K, ..., L, Ev].
+
+    With G = P * S' the softmax tangent applied to V is G V - rowsum(G) O: the row sums come from the same product, by a column of
+    ones beside V.
+    """
+    given = next(t for t in (dq, dk, dv) if t is not None)
+    count, batch, length, keys = given.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
+    width = v.shape[-1]
+    q, k, v = (_flat(t, 0) for t in (q, k, v))
+    g = q.shape[0]
+    lse, out = lse.reshape(g, length), _flat(out, 0)
+    mask = _flat_mask(mask, batch, length, keys)
+    # Tangents as [g, K, rows, width]: the primal tile of a (batch, head) is shared by its K tangents.
+    dq, dk, dv = (None if t is None else _flat(t, 1).transpose(0, 1) for t in (dq, dk, dv))
+    result = q.new_empty(g, count, length, width)
+    moving = dq is not None or dk is not None
+    keys_t = k.mT
+    if dq is not None and dk is not None:
+        left_all = torch.cat([dq, q.unsqueeze(1).expand_as(dq)], -1) * scale
+        right = torch.cat([k.unsqueeze(1).expand_as(dk), dk], -1).flatten(0, 1).mT
+    elif dq is not None:
+        left_all, right = dq * scale, None
+    elif dk is not None:
+        left_all, right = None, dk.reshape(g, count * keys, -1).mT
+    v_ones = torch.cat([v, v.new_ones(g, keys, 1)], -1) if moving else None
+    dv_columns = None if dv is None else dv.permute(0, 2, 1, 3).reshape(g, keys, count * width)
+    for rows in _row_blocks(length, g * keys * (count + 1)):
+        size = rows.stop - rows.start
+        p = _probabilities(_scores(q, k, mask, scale, rows), lse[:, rows])
+        block: Tensor | None = None
+        if moving:
+            if left_all is None:
+                ds = ((q[:, rows] * scale) @ right).view(g, size, count, keys).transpose(1, 2)
+                weighted = ds * p.unsqueeze(1)
+            else:
+                left = left_all[:, :, rows]
+                if right is None:
+                    ds = torch.bmm(left.reshape(g, count * size, -1), keys_t).view(g, count, size, keys)
+                else:
+                    ds = torch.bmm(left.flatten(0, 1), right).view(g, count, size, keys)
+                weighted = ds.mul_(p.unsqueeze(1))
+            product = torch.bmm(weighted.reshape(g, count * size, keys), v_ones).view(g, count, size, width + 1)
+            block = product[..., :width] - product[..., width:] * out[:, None, rows]
+        if dv_columns is not None:
+            moved = torch.bmm(p, dv_columns).view(g, size, count, width).transpose(1, 2)
+            block = moved if block is None else block.add_(moved)
+        result[:, :, rows] = block
+    return result.transpose(0, 1).reshape(count, *batch, length, width)
+
+
+def attention_adjoint(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cotangent: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The transpose of `attention_tangent`: K cotangents of the output pulled back to q, k and v.
+
+    cotangent [K, ..., L, Ev]; `needed` says for which of q, k, v a result is wanted. Returns [K, ..., L, E], [K, ..., S, E],
+    [K, ..., S, Ev], None where not needed.
+    """
+    count, batch, length, keys = cotangent.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
+    shapes = (q.shape, k.shape, v.shape)
+    q, k, v = (_flat(t, 0) for t in (q, k, v))
+    g, width = q.shape[0], v.shape[-1]
+    lse, out = lse.reshape(g, length), _flat(out, 0)
+    mask = _flat_mask(mask, batch, length, keys)
+    cot = _flat(cotangent, 1).transpose(0, 1)
+    along = (cot * out.unsqueeze(1)).sum(-1, keepdim=True)
+    need_q, need_k, need_v = needed
+    grad_q = q.new_empty(g, count, length, q.shape[-1]) if need_q else None
+    grad_k = q.new_zeros(g, count, keys, q.shape[-1]) if need_k else None
+    grad_v = q.new_zeros(g, count, keys, width) if need_v else None
+    for rows in _row_blocks(length, g * keys * (count + 1)):
+        size = rows.stop - rows.start
+        p = _probabilities(_scores(q, k, mask, scale, rows), lse[:, rows])
+        block = cot[:, :, rows].reshape(g, count * size, width)
+        if grad_v is not None:
+            columns = cot[:, :, rows].transpose(1, 2).reshape(g, size, count * width)
+            grad_v += (p.mT @ columns).view(g, keys, count, width).transpose(1, 2)
+        if grad_q is not None or grad_k is not None:
+            ds = (block @ v.mT).view(g, count, size, keys)
+            ds = ds.sub_(along[:, :, rows]).mul_(p.unsqueeze(1)).mul_(scale)
+            if grad_q is not None:
+                grad_q[:, :, rows] = (ds.view(g, count * size, keys) @ k).view(g, count, size, -1)
+            if grad_k is not None:
+                grad_k += ds.mT @ q[:, None, rows]
+    return tuple(  # type: ignore[return-value]
+        None if grad is None else grad.transpose(0, 1).reshape(count, *shape)
+        for grad, shape in zip((grad_q, grad_k, grad_v), shapes, strict=True)
+    )

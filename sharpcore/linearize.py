@@ -1,0 +1,237 @@
+"""linearize(f, x): run a network once, keep what its derivative needs, and apply the Jacobian to many tangents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpcore.backends import get_backend
+from sharpcore.errors import InvalidInput, NonFiniteError
+from sharpcore.explain import explain
+from sharpcore.program import Program
+from sharpcore.rules import LinearMap, load_rules
+from sharpcore.trace import trace
+
+
+def linearize(f: Callable[..., Tensor], x: Tensor, *bound: Tensor, backend: str = "auto") -> Linearization:
+    """Evaluate f(x, *bound) once and return its value with its exact Jacobian in x, as a linear operator.
+
+    Parameters
+    ----------
+    f
+        Any callable that runs torch operations on x and returns one tensor: a network call with everything else bound, or a
+        `ScoreFunction`. It is called once, without gradients; nothing of it is changed.
+    x
+        The point, any shape, a floating-point dtype on any device. For a batch of B samples the first axis is B.
+    bound
+        Further tensors that f takes and that may differ when re-linearizing (timesteps, prompt embeddings); they carry no tangent.
+    backend
+        "auto", "reference" or "cpu": who executes the linear program (see `sharpcore.backends`).
+
+    Raises
+    ------
+    InvalidInput
+        x is not a finite floating-point tensor, or f does not return a tensor.
+    UnsupportedOperation
+        f runs an operation whose derivative is not known; the message names it and the module that called it.
+    NonFiniteError
+        f(x) holds a NaN or an infinity; the message names the operation in which it appeared first.
+    """
+    return Linearization(f, x, bound, backend)
+
+
+class Linearization:
+    """The value of f at a point, and its Jacobian there as an exact linear operator; made by `linearize`.
+
+    Attributes
+    ----------
+    value
+        f(x), with f's own shape and dtype.
+    x
+        The point.
+    program
+        The recorded linear program; it does not depend on the point.
+    """
+
+    def __init__(self, f: Callable[..., Tensor], x: Tensor, bound: Sequence[Tensor], backend: str) -> None:
+        _check_point(x, None)
+        self.backend = get_backend(backend, device=x.device, dtype=x.dtype)
+        self._f = f
+        self._trace(x, bound)
+
+    def _trace(self, x: Tensor, bound: Sequence[Tensor]) -> None:
+        self.program: Program
+        self._maps: list[LinearMap | None]
+        with _plain_precision(x):
+            self.program, self._maps, self.value = trace(self._f, x, bound, self.backend)
+        self._set_point(x, bound)
+        self._versions = _constant_versions(self.program, self._maps)
+        if not bool(torch.isfinite(self.value).all()):
+            self._name_non_finite(x, bound)
+
+    def _set_point(self, x: Tensor, bound: Sequence[Tensor]) -> None:
+        self.x = x.detach().clone()
+        self._bound = tuple(t.detach().clone() for t in bound)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors that are kept for the derivative, weights included where a map refers to them."""
+        seen: dict[int, int] = {}
+        for instruction in self._maps:
+            if instruction is not None:
+                for _, tensor in instruction.residuals():
+                    storage = tensor.untyped_storage()
+                    seen[storage._cdata] = storage.nbytes()
+        return sum(seen.values())
+
+    def jvp(self, tangents: Tensor) -> Tensor:
+        """The Jacobian times K tangents.
+
+        `tangents` is [K, *x.shape] with x's dtype and device, K >= 1; returns [K, *value.shape]. Units: those of f.
+        Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite tangents.
+        """
+        self._check_tangents("tangents", tangents, self.x)
+        self._check_constants()
+        if self.program.tangent_output is None:
+            return self.value.new_zeros(tangents.shape[0], *self.value.shape)
+        tangents = tangents.detach()
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
+            out = self.program.push(self._maps, self.backend, tangents)
+            return _fresh(out, tangents)
+
+    def vjp(self, cotangents: Tensor) -> Tensor:
+        """The transposed Jacobian times K cotangents.
+
+        `cotangents` is [K, *value.shape] with the value's dtype and device, K >= 1; returns [K, *x.shape].
+        Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite cotangents.
+        """
+        self._check_tangents("cotangents", cotangents, self.value)
+        self._check_constants()
+        pulled = None
+        cotangents = cotangents.detach()
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(cotangents):
+            if self.program.tangent_output is not None:
+                pulled = self.program.pull(self._maps, self.backend, cotangents)
+            if pulled is None:
+                return self.x.new_zeros(cotangents.shape[0], *self.x.shape)
+            return _fresh(pulled, cotangents)
+
+    def relinearize(self, x: Tensor, *bound: Tensor) -> Linearization:
+        """Move this linearization to another point of the same shape, for the price of a forward pass; returns itself.
+
+        x has the shape, dtype and device of the first point; `bound` as in `linearize`, or nothing to keep the tensors in use. The
+        recorded operations are replayed, f is not called again, except where its control flow read tensor values.
+        Raises as `linearize`. After an error the linearization is at no point and must be made anew.
+        """
+        _check_point(x, self.x)
+        bound = bound or self._bound
+        self._check_bound(bound)
+        self._check_constants()
+        if not self.program.replayable:
+            self._trace(x, bound)
+            return self
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
+            point = x.detach().clone()
+            value = self.program.replay([point, *bound], self._maps, load_rules(), self.backend)
+            if value is not None:
+                self.value = value.clone()
+        self._set_point(x, bound)
+        if not bool(torch.isfinite(self.value).all()):
+            self._name_non_finite(x, bound)
+        return self
+
+    def explain(self) -> str:
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs per tangent."""
+        return explain(self.program, self._maps)
+
+    def _check_bound(self, bound: Sequence[Tensor]) -> None:
+        if len(bound) != len(self._bound):
+            raise InvalidInput(f"bound: expected {len(self._bound)} tensors as in linearize; got {len(bound)}")
+        for i, (new, old) in enumerate(zip(bound, self._bound, strict=True)):
+            if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
+                raise InvalidInput(
+                    f"bound[{i}]: expected {tuple(old.shape)} {old.dtype} on {old.device} as in linearize; "
+                    f"got {tuple(new.shape)} {new.dtype} on {new.device}"
+                )
+
+    def _check_tangents(self, name: str, tangents: Tensor, like: Tensor) -> None:
+        if not isinstance(tangents, Tensor):
+            raise InvalidInput(f"{name}: expected a tensor; got {type(tangents).__name__}")
+        if tangents.device != like.device:
+            raise InvalidInput(f"{name}: expected a tensor on {like.device}; got one on {tangents.device}")
+        if tangents.dim() != like.dim() + 1 or tangents.shape[1:] != like.shape:
+            raise InvalidInput(
+                f"{name}: expected shape (K, {', '.join(map(str, like.shape))}); got {tuple(tangents.shape)}"
+            )
+        if tangents.shape[0] == 0:
+            raise InvalidInput(f"{name}: expected at least one (K >= 1); got K = 0")
+        if tangents.dtype != like.dtype:
+            raise InvalidInput(f"{name}: expected dtype {like.dtype}; got {tangents.dtype}")
+        if not bool(torch.isfinite(tangents).all()):
+            raise NonFiniteError(f"{name}: expected finite numbers; got NaN or infinity")
+
+    def _check_constants(self) -> None:
+        for tensor, version in self._versions:
+            if tensor._version != version:
+                raise InvalidInput(
+                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the network was linearized; "
+                    "linearize it again"
+                )
+
+    def _name_non_finite(self, x: Tensor, bound: Sequence[Tensor]) -> None:
+        """Find the first operation whose result is not finite, and raise NonFiniteError naming it."""
+        values = dict(zip((self.program.x, *self.program.bound), (x, *bound), strict=True))
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
+            for node in self.program.nodes:
+                out = node.run(self.backend, node.fill(values))
+                outs = (out,) if isinstance(out, Tensor) else tuple(out)
+                if isinstance(outs[0], Tensor) and not bool(torch.isfinite(outs[0]).all()):
+                    where = f"in module {node.module}" if node.module else "outside of any torch module"
+                    raise NonFiniteError(
+                        f"f(x) is not finite: NaN or infinity appears first in the result of {node.name} ({where}); "
+                        "its inputs are finite, so its weights or their magnitude are to blame"
+                    )
+                values.update((v, t) for v, t in zip(node.outputs, outs, strict=False) if v is not None)
+        raise NonFiniteError("f(x) is not finite: the NaN or infinity does not depend on x")
+
+
+def _check_point(x: Tensor, like: Tensor | None) -> None:
+    if not isinstance(x, Tensor):
+        raise InvalidInput(f"x: expected a tensor; got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise InvalidInput(f"x: expected a floating-point tensor; got {x.dtype}")
+    if x.numel() == 0:
+        raise InvalidInput(f"x: expected at least one entry; got shape {tuple(x.shape)}")
+    if like is not None and (x.shape, x.dtype, x.device) != (like.shape, like.dtype, like.device):
+        raise InvalidInput(
+            f"x: expected {tuple(like.shape)} {like.dtype} on {like.device} as in linearize; "
+            f"got {tuple(x.shape)} {x.dtype} on {x.device}"
+        )
+    if not bool(torch.isfinite(x).all()):
+        raise NonFiniteError("x: expected finite numbers; got NaN or infinity")
+
+
+def _plain_precision(x: Tensor) -> Any:
+    """No autocast: the precision of the linear program is that of the recorded operations."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _fresh(out: Tensor, given: Tensor) -> Tensor:
+    """A result whose memory is its own: not the caller's tangents, not a broadcast view."""
+    shared = out.untyped_storage()._cdata == given.untyped_storage()._cdata
+    return out.clone() if shared or not out.is_contiguous() else out
+
+
+def _constant_versions(program: Program, maps: Sequence[LinearMap | None]) -> list[tuple[Tensor, int]]:
+    """The parameters and other constants that the program refers to, with their in-place version now."""
+    found: dict[int, Tensor] = {}
+    for node in program.nodes:
+        for arg in node.args:
+            for part in arg if isinstance(arg, list) else (arg,):
+                if isinstance(part, Tensor) and not part.is_inference():
+                    found[id(part)] = part
+    return [(tensor, tensor._version) for tensor in found.values()]
+

@@ -1,0 +1,188 @@
+"""Rules of convolutions and matrix products: the same product on the batch of K tangents, without bias."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sharpcore.rules import Call, LinearMap, aten, rule
+from sharpcore.rules.pointwise import Broadcast
+
+
+class Convolution(LinearMap):
+    """y' = conv(x', w) with K folded into the batch."""
+
+    def __init__(self, call: Call) -> None:
+        x, self.weight = call.args[0], call.args[1]
+        self.x_shape, self.out_shape = x.shape, call.out.shape
+        self.dtype = x.dtype
+        # stride, padding, dilation, transposed, output_padding, groups
+        self.geometry = tuple(call.args[3:9])
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        (tangent,) = tangents
+        out = aten.convolution(tangent.flatten(0, 1), self.weight, None, *self.geometry)
+        return (out.unflatten(0, (tangent.shape[0], -1)),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,)
+        k = cotangent.shape[0]
+        folded = cotangent.flatten(0, 1)
+        # The backward operation reads only the shape of its input argument.
+        like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
+        grad = aten.convolution_backward(folded, like, self.weight, None, *self.geometry, [True, False, False])[0]
+        return (grad.unflatten(0, (k, -1)),)
+
+    def flops(self, k: int) -> int:
+        transposed = self.geometry[3]
+        positions = self.x_shape if transposed else self.out_shape
+        return 2 * k * positions[0] * positions[2:].numel() * self.weight.numel()
+
+
+@rule(aten.convolution.default)
+def convolution(call: Call) -> LinearMap | None:
+    # An unbatched convolution reaches ATen with a batch axis already added, and an active weight or bias is no score network's.
+    return Convolution(call) if call.active == (0,) else None
+
+
+class Linear(LinearMap):
+    """y' = x' W^T over the last axis."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight = weight
+        self.rows = 0
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (F.linear(tangents[0], self.weight),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        return (None if cotangent is None else cotangent @ self.weight,)
+
+    def flops(self, k: int) -> int:
+        return 2 * k * self.rows * self.weight.numel()
+
+
+@rule(F.linear)
+def linear(call: Call) -> LinearMap | None:
+    if call.active != (0,) or call.args[1].dim() != 2:
+        return None
+    instruction = Linear(call.args[1])
+    instruction.rows = call.args[0].shape[:-1].numel()
+    return instruction
+
+
+def _left_product(tangent: Tensor, right: Tensor) -> Tensor:
+    """[K, ..., n, m] @ [..., m, p] where K shares the right factor."""
+    if right.dim() == 2 or tangent.shape[0] == 1:
+        return tangent @ right
+    k, *batch, n, m = tangent.shape
+    # K goes into the rows, so that the shared factor is read once.
+    folded = tangent.movedim(0, -3).reshape(*batch, k * n, m) @ right
+    return folded.unflatten(-2, (k, n)).movedim(-3, 0)
+
+
+def _right_product(left: Tensor, tangent: Tensor) -> Tensor:
+    """[..., n, m] @ [K, ..., m, p] where K shares the left factor."""
+    return _left_product(tangent.mT, left.mT).mT
+
+
+class MatrixProduct(LinearMap):
+    """The derivative of alpha * A @ B (+ beta * C), for batched or plain matrices, in whichever operands carry tangents."""
+
+    def __init__(
+        self, a: Tensor | None, b: Tensor | None, bias: Broadcast | None, alpha: float, sizes: tuple[int, int, int, int]
+    ) -> None:
+        self.a = a  # the left factor, kept when the right one is active
+        self.b = b  # the right factor, kept when the left one is active
+        self.bias = bias
+        self.alpha = alpha
+        self.sizes = sizes
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        pending = list(tangents)
+        shift = self.bias.jvp(kernels, [pending.pop(0)])[0] if self.bias is not None else None
+        total: Tensor | None = None
+        if self.b is not None:
+            total = _left_product(pending.pop(0), self.b)
+        if self.a is not None:
+            other = _right_product(self.a, pending.pop(0))
+            total = other if total is None else total + other
+        if total is None:
+            return (shift,)  # type: ignore[return-value]
+        if self.alpha != 1:
+            total = total * self.alpha
+        return (total if shift is None else total + shift,)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        count = sum(part is not None for part in (self.a, self.b, self.bias))
+        if cotangent is None:
+            return (None,) * count
+        results: list[Tensor | None] = []
+        if self.bias is not None:
+            results.append(self.bias.vjp(kernels, [cotangent])[0])
+        scaled = cotangent if self.alpha == 1 else cotangent * self.alpha
+        if self.b is not None:
+            results.append(_left_product(scaled, self.b.mT))
+        if self.a is not None:
+            results.append(_right_product(self.a.mT, scaled))
+        return results
+
+    def flops(self, k: int) -> int:
+        batch, n, m, p = self.sizes
+        return 2 * k * batch * n * m * p * ((self.a is not None) + (self.b is not None))
+
+
+def _matrix_product(call: Call, first: int, bias: bool) -> LinearMap:
+    a, b = call.args[first], call.args[first + 1]
+    beta, alpha = call.kwargs.get("beta", 1), call.kwargs.get("alpha", 1)
+    shift = Broadcast(call.args[0].shape, call.out.shape, beta) if bias and 0 in call.active else None
+    batch = a.shape[0] if a.dim() == 3 else 1
+    sizes = (batch, a.shape[-2], a.shape[-1], b.shape[-1])
+    return MatrixProduct(
+        a if first + 1 in call.active else None, b if first in call.active else None, shift, alpha, sizes
+    )
+
+
+@rule(aten.mm.default, aten.bmm.default)
+def matmul(call: Call) -> LinearMap:
+    return _matrix_product(call, 0, bias=False)
+
+
+@rule(aten.addmm.default, aten.baddbmm.default)
+def matmul_with_bias(call: Call) -> LinearMap:
+    return _matrix_product(call, 1, bias=True)
+
+
+class Embedding(LinearMap):
+    """y' = T'[index], rows of an active table picked by constant indices along one axis."""
+
+    def __init__(self, index: Tensor, dim: int, shape: torch.Size) -> None:
+        self.index = index
+        self.dim = dim % max(1, len(shape)) + 1
+        self.shape = shape
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (tangents[0].index_select(self.dim, self.index),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,)
+        grad = cotangent.new_zeros(cotangent.shape[0], *self.shape)
+        return (grad.index_add(self.dim, self.index, cotangent),)
+
+
+@rule(aten.index_select.default)
+def index_select(call: Call) -> LinearMap | None:
+    x, dim, index = call.args
+    return Embedding(index, dim, x.shape) if x.dim() else None
+
+

@@ -1,0 +1,448 @@
+"""Records the operations of a network while it runs, and builds the linear map of each on the way."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sharpcore import passes
+from sharpcore.errors import UnsupportedOperation
+from sharpcore.program import Node, Program, Ref, build_map
+from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, load_rules
+from sharpcore.rules.attention import additive_mask
+from sharpcore.rules.shape import overlay
+
+
+class Kind(Enum):
+    """What a recorded value is to the derivative."""
+
+    PRIMAL = "depends on an input, but carries no tangent"
+    ACTIVE = "carries a tangent"
+    OPAQUE = "depends on x in a way that has no rule; an error if a tangent would need it"
+
+
+@dataclass
+class _Binding:
+    """Which value of the program a live tensor holds, and after how many in-place writes to its storage."""
+
+    tensor: weakref.ref[Tensor]
+    value: int
+    writes: int
+
+
+@dataclass
+class _WrittenStorage:
+    """A storage that was written in place with recorded values: where, and with which value."""
+
+    storage: Any  # held, so that its address is not reused during the trace
+    writes: list[tuple[int, torch.Size, tuple[int, ...], int]] = field(default_factory=list)  # value, size, stride, offset
+
+
+def _leaves(args: Sequence[Any]) -> Iterator[tuple[int | tuple[int, int], Tensor]]:
+    for i, arg in enumerate(args):
+        if isinstance(arg, Tensor):
+            yield i, arg
+        elif isinstance(arg, (list, tuple)):
+            for j, part in enumerate(arg):
+                if isinstance(part, Tensor):
+                    yield (i, j), part
+
+
+def _replace(args: Sequence[Any], replacement: Callable[[Tensor], Any]) -> tuple[Any, ...]:
+    def one(arg: Any) -> Any:
+        if isinstance(arg, Tensor):
+            return replacement(arg)
+        if isinstance(arg, (list, tuple)) and any(isinstance(part, Tensor) for part in arg):
+            return [replacement(part) if isinstance(part, Tensor) else part for part in arg]
+        return arg
+
+    return tuple(one(arg) for arg in args)
+
+
+def _storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Tracer:
+    """One recording of f(x, *bound): the nodes of the program, and the linear map of each at this point."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+        self.rules = load_rules()
+        self.nodes: list[Node] = []
+        self.maps: list[LinearMap | None] = []
+        self.kinds: list[Kind] = []
+        self.producer: dict[int, int] = {}  # value -> index of the node that made it
+        self.replayable = True
+        self.paused = False
+        self._bindings: dict[int, _Binding] = {}
+        self._written: dict[int, _WrittenStorage] = {}
+        self._captured: set[int] = set()  # storages that nodes or maps refer to
+        self._names: dict[int, str] = {}
+        self._root: Any = None
+
+    # -- values -------------------------------------------------------------------------------------------------------------
+
+    def new_value(self, tensor: Tensor, kind: Kind) -> int:
+        self.kinds.append(kind)
+        value = len(self.kinds) - 1
+        self._bind(tensor, value)
+        return value
+
+    def _bind(self, tensor: Tensor, value: int) -> None:
+        written = self._written.get(_storage_key(tensor)) if tensor.layout is torch.strided else None
+        key = id(tensor)
+        bindings = self._bindings
+        reference = weakref.ref(tensor, lambda _: bindings.pop(key, None))
+        bindings[key] = _Binding(reference, value, len(written.writes) if written else 0)
+
+    def value_of(self, tensor: Tensor) -> int | None:
+        """The program value that a tensor holds now; None for a constant."""
+        binding = self._bindings.get(id(tensor))
+        if binding is not None and binding.tensor() is not tensor:
+            binding = None
+        if self._written and tensor.layout is torch.strided:
+            written = self._written.get(_storage_key(tensor))
+            if written is not None and len(written.writes) > (binding.writes if binding else 0):
+                return self._catch_up(tensor, binding, written)
+        return None if binding is None else binding.value
+
+    def _catch_up(self, tensor: Tensor, binding: _Binding | None, written: _WrittenStorage) -> int | None:
+        """Apply in-place writes that were made through other tensors of the same storage."""
+        value = binding.value if binding else None
+        start = binding.writes if binding else 0
+        geometry = (tensor.size(), tensor.stride(), tensor.storage_offset())
+        for update, size, stride, offset in written.writes[start:]:
+            if (size, stride, offset) == geometry:
+                value = update
+                continue
+            length = written.storage.nbytes() // tensor.element_size()
+            where = torch.full((length,), -1, dtype=torch.int64, device=tensor.device)
+            where.as_strided(size, stride, offset).copy_(
+                torch.arange(size.numel(), device=tensor.device).reshape(size)
+            )
+            source = where.as_strided(*geometry).clone()
+            if not bool((source >= 0).any()):
+                continue
+            value = self._append_overlay(tensor, value, update, size, source)
+        if value is not None:
+            self._bind(tensor, value)
+        return value
+
+    def _append_overlay(self, tensor: Tensor, base: int | None, update: int, size: torch.Size, source: Tensor) -> int:
+        current = tensor.clone()
+        template = (current if base is None else Ref(base), Ref(update), source)
+        call = Call(overlay, (current, current.new_zeros(()).expand(size), source), {}, current, ())
+        kinds = [None if base is None else self.kinds[base], self.kinds[update], None]
+        return self._append(overlay, template, {}, call, kinds, [0, 1])[0]
+
+    # -- recording ----------------------------------------------------------------------------------------------------------
+
+    def record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        """Run one operation and, when it reads anything that depends on the inputs, add it to the program."""
+        self.paused = True
+        try:
+            return self._record(op, args, kwargs, run)
+        finally:
+            self.paused = False
+
+    def _record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
+        values: dict[int | tuple[int, int], int] = {}
+        for position, tensor in _leaves(args):
+            value = self.value_of(tensor)
+            if value is not None:
+                values[position] = value
+        mutates = isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+        for name, arg in kwargs.items():
+            if isinstance(arg, Tensor) and self.value_of(arg) is not None:
+                raise UnsupportedOperation(f"{op} takes a tensor that depends on x as {name}= {self.where()}")
+        if not values:
+            if mutates:
+                self._protect([t for _, t in _leaves((*args, *kwargs.values()))])
+            return run(*args, **kwargs)
+        if op in SHAPE_ONLY:
+            return run(*args, **kwargs)
+        tags = getattr(op, "tags", ())
+        if torch.Tag.nondeterministic_seeded in tags:
+            raise UnsupportedOperation(f"{op} draws random numbers that depend on x {self.where()}; use .eval()")
+        self._check_data_dependence(op, values, tags)
+        if mutates:
+            return self._record_in_place(op, args, kwargs, values)
+        out = run(*args, **kwargs)
+        self._append_call(op, args, kwargs, out, values, bind=True)
+        return out
+
+    def _check_data_dependence(self, op: Any, values: dict[Any, int], tags: Any) -> None:
+        """Values that leave the tensor world: fine for control flow, but not where a derivative would be lost."""
+        if op in (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default):
+            kinds = {self.kinds[value] for value in values.values()}
+            if op is aten._local_scalar_dense.default and kinds != {Kind.PRIMAL}:
+                raise UnsupportedOperation(
+                    f"a number is read out of a tensor that depends on x (.item() or float()) {self.where()}: "
+                    "its derivative would be lost"
+                )
+            self.replayable = False
+        elif torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
+            if op not in (aten.index.Tensor,) or any(isinstance(position, tuple) for position in values):
+                self.replayable = False
+
+    def _append_call(
+        self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, values: dict[Any, int], bind: bool
+    ) -> list[int | None]:
+        template = self._template(args)
+        kinds = [self.kinds[values[p]] if p in values else None for p, _ in _leaves(args)]
+        positions = [p for p, _ in _leaves(args)]
+        call = Call(op, args, kwargs, out, ())
+        return self._append(op, template, kwargs, call, kinds, positions, bind=bind)
+
+    def _template(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        def one(tensor: Tensor) -> Any:
+            value = self.value_of(tensor)
+            if value is not None:
+                return Ref(value)
+            if tensor.layout is torch.strided:
+                self._captured.add(_storage_key(tensor))
+            return tensor
+
+        return _replace(args, one)
+
+    def _append(
+        self,
+        op: Any,
+        template: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        call: Call,
+        kinds: list[Kind | None],
+        positions: list[Any],
+        bind: bool = True,
+    ) -> list[Any]:
+        if Kind.OPAQUE in kinds and op not in ZERO_DERIVATIVE:
+            raise UnsupportedOperation(f"{op} reads a side result that has no derivative rule {self.where()}")
+        active = tuple(p for p, kind in zip(positions, kinds, strict=True) if kind is Kind.ACTIVE)
+        outs = [call.out] if isinstance(call.out, Tensor) else list(call.out) if isinstance(call.out, (list, tuple)) else []
+        node = Node(op=op, args=template, kwargs=kwargs, active=active, outputs=(), module=self._module_name())
+        instruction: LinearMap | None = None
+        differentiable = [isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex()) for o in outs]
+        if active and op not in ZERO_DERIVATIVE and any(differentiable):
+            fused = passes.fuse(node, call, self.nodes, self.maps, self.producer)
+            if fused is not None:
+                node, call = fused
+            filled = Call(node.op, call.args, call.kwargs, call.out, node.active)
+            instruction = build_map(node, filled, self.rules, self.where())
+        outputs: list[int | None] = []
+        for i, out in enumerate(outs):
+            if not isinstance(out, Tensor):
+                outputs.append(None)
+                continue
+            kind = Kind.PRIMAL
+            if instruction is not None and differentiable[i]:
+                # Norms give their statistics beside the result; their maps speak of the result alone.
+                kind = Kind.ACTIVE if i == 0 or not passes.only_first_output(node.op) else Kind.OPAQUE
+            self.kinds.append(kind)
+            value = len(self.kinds) - 1
+            self.producer[value] = len(self.nodes)
+            if bind:
+                self._bind(out, value)
+            outputs.append(value)
+        node.outputs = tuple(outputs)
+        node.shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else () for o in outs)
+        self.nodes.append(node)
+        self.maps.append(instruction)
+        if instruction is not None:
+            for _, tensor in instruction.residuals():
+                if tensor.layout is torch.strided:
+                    self._captured.add(_storage_key(tensor))
+        return outputs
+
+    # -- in-place operations ------------------------------------------------------------------------------------------------
+
+    def _record_in_place(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[Any, int]) -> Any:
+        """Record `x.op_(...)` as its functional twin followed by a change of what x holds."""
+        name = op._schema.name.split("::")[1]
+        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None) if name.endswith("_") else None
+        if twin is None or written != [0] or op.namespace != "aten":
+            raise UnsupportedOperation(f"{op} writes into a tensor that depends on x {self.where()}")
+        target = args[0]
+        out = twin(*args, **kwargs)
+        self._protect([target])
+        # The maps refer to the operands before the write: copies of those that share the written storage are recorded.
+        key = _storage_key(target)
+        saved = _replace(args, lambda t: t.clone() if _storage_key(t) == key else t)
+        originals = dict(_leaves(args))
+        for position, tensor in _leaves(saved):
+            if tensor is not originals[position] and position in values:
+                self._bind(tensor, values[position])
+        (value,) = self._append_call(twin, saved, kwargs, out, values, bind=False)
+        if out.dtype != target.dtype:
+            cast = out.to(target.dtype)
+            self._bind(out, value)  # type: ignore[arg-type]
+            (value,) = self._append_call(
+                aten._to_copy.default, (out,), {"dtype": target.dtype}, cast, {0: value}, bind=False
+            )
+            out = cast
+        target.copy_(out)
+        storage = self._written.setdefault(key, _WrittenStorage(target.untyped_storage()))
+        storage.writes.append((value, target.size(), target.stride(), target.storage_offset()))  # type: ignore[arg-type]
+        self._bind(target, value)  # type: ignore[arg-type]
+        return target
+
+    def _protect(self, targets: list[Tensor]) -> None:
+        """Before a storage is overwritten, give nodes and maps that refer to it a copy of what it holds."""
+        keys = {_storage_key(t) for t in targets if t.layout is torch.strided} & self._captured
+        if not keys:
+            return
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.clone() if tensor.layout is torch.strided and _storage_key(tensor) in keys else tensor
+
+        for node, instruction in zip(self.nodes, self.maps, strict=True):
+            node.args = _replace(node.args, copy)
+            if instruction is not None:
+                passes.replace_residuals(instruction, copy)
+
+    # -- where an operation was called ----------------------------------------------------------------------------------------
+
+    def _module_name(self) -> str:
+        """The dotted name of the innermost torch module that is running, found on the Python stack (no hook is needed)."""
+        call_impl = torch.nn.Module._call_impl.__code__
+        inner = outer = None
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code is call_impl:
+                module = frame.f_locals.get("self")
+                inner = module if inner is None else inner
+                outer = module
+            frame = frame.f_back  # type: ignore[assignment]
+        if inner is None:
+            return ""
+        if outer is not self._root:
+            self._root = outer
+            self._names = {id(module): name for name, module in outer.named_modules()}  # type: ignore[union-attr]
+        name = self._names.get(id(inner), "?")
+        return f"{type(outer).__name__}.{name}" if name else type(outer).__name__
+
+    def where(self) -> str:
+        """The place in the network, for an error message."""
+        name = self._module_name()
+        return f"(in module {name})" if name else "(outside of any torch module)"
+
+    # -- composite operations -------------------------------------------------------------------------------------------------
+
+    def attention(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """scaled_dot_product_attention as one operation of the program."""
+        if dropout_p:
+            raise UnsupportedOperation(f"attention with dropout {self.where()}; use .eval()")
+        if enable_gqa and key.shape[-3] != query.shape[-3]:
+            key = key.repeat_interleave(query.shape[-3] // key.shape[-3], -3)
+            value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        if is_causal:
+            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = None if attn_mask is None else additive_mask(attn_mask, query.dtype)
+        if mask is not None and self.value_of(mask) is not None:
+            # A mask that depends on the inputs: the ordinary operations have all its derivatives.
+            return torch.softmax(query @ key.mT * scale + mask, -1) @ value
+        batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
+        query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
+        args = (query, key, value, mask, scale)
+        run = lambda q, k, v, m, s: self.kernels.attention_forward(q, k, v, mask=m, scale=s)  # noqa: E731
+        return self.record("attention", args, {}, run)[0]
+
+
+class _Operations(TorchDispatchMode):
+    """Sees every ATen operation of this thread."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self.tracer.paused:
+            return func(*args, **kwargs)
+        return self.tracer.record(func, args, kwargs, func)
+
+
+# Ways out of the tensor world that bypass ATen; on a value that depends on x they would lose its derivative silently.
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
+
+
+class _Functions(TorchFunctionMode):
+    """Sees the torch functions that are better kept whole than seen through their ATen parts."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        if tracer.paused:
+            return func(*args, **kwargs)
+        if func is F.scaled_dot_product_attention:
+            return tracer.attention(*args, **kwargs)
+        if func is F.linear:
+            operands = _linear_arguments(*args, **kwargs)
+            if tracer.value_of(operands[0]) is not None and operands[1].dim() == 2:
+                return tracer.record(F.linear, operands, {}, F.linear)
+        elif func == _DATA:
+            return args[0].detach()
+        elif func in _ESCAPES and tracer.value_of(args[0]) is not None:
+            raise UnsupportedOperation(
+                f"{getattr(func, '__name__', func)} takes a tensor that depends on x out of torch {tracer.where()}"
+            )
+        return func(*args, **kwargs)
+
+
+def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    return input, weight, bias
+
+
+def trace(
+    f: Callable[..., Any], x: Tensor, bound: Sequence[Tensor], kernels: Any
+) -> tuple[Program, list[LinearMap | None], Tensor]:
+    """Run f(x, *bound) once and return its program, the linear map of each node at this point, and the value.
+
+    x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries tangents.
+    Raises UnsupportedOperation for an operation without an exact derivative.
+    """
+    tracer = Tracer(kernels)
+    # Copies: f may write into its arguments, and the residuals must not change with the caller's tensors.
+    with torch.inference_mode(False), torch.no_grad():
+        inputs = [t.detach().clone() for t in itertools.chain([x], bound)]
+        values = [tracer.new_value(t, Kind.ACTIVE if i == 0 else Kind.PRIMAL) for i, t in enumerate(inputs)]
+        with _Functions(tracer), _Operations(tracer):
+            out = f(*inputs)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"f must return one tensor; got {type(out).__name__}")
+    tracer.paused = True
+    output = tracer.value_of(out)
+    active = output is not None and tracer.kinds[output] is Kind.ACTIVE
+    if output is not None and tracer.kinds[output] is Kind.OPAQUE:
+        raise UnsupportedOperation("f returns a side result that has no derivative rule")
+    program = Program(tracer.nodes, values[0], tuple(values[1:]), output, active, tracer.replayable)
+    maps = passes.optimize(program, tracer.maps)
+    return program, maps, out.detach().clone()
