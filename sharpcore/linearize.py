@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -79,13 +79,17 @@ class Linearization:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors that are kept for the derivative, weights included where a map refers to them."""
+        return self.residual_bytes()
+
+    def residual_bytes(self, besides: Collection[int] = ()) -> int:
+        """Bytes kept for the derivative, each storage once, without those of the given storages (by `_cdata`)."""
         seen: dict[int, int] = {}
         for instruction in self._maps:
             if instruction is not None:
                 for _, tensor in instruction.residuals():
                     storage = tensor.untyped_storage()
                     seen[storage._cdata] = storage.nbytes()
-        return sum(seen.values())
+        return sum(size for key, size in seen.items() if key not in besides)
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """The Jacobian times K tangents.

@@ -1,0 +1,191 @@
+"""The cpu backend: checks tensors and hands their pointers, sizes and strides to the C++ kernels of sharpcore._C."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpcore.backends import reference
+from sharpcore.errors import InvalidInput
+
+DTYPES = (torch.float32, torch.float64)
+
+_extension: ModuleType | None = None
+_import_error: str | None = None
+
+
+def extension() -> ModuleType | None:
+    """The compiled module ``sharpcore._C``, imported at the first call, or None where it cannot be.
+
+    Raises:
+        InvalidInput: the environment variable SHARPCORE_CPU_ISA asks for an instruction set that does not exist, or
+            that this CPU lacks.
+    """
+    global _extension, _import_error
+    if _extension is None and _import_error is None:
+        try:
+            module = importlib.import_module("sharpcore._C")
+        except ImportError as error:
+            _import_error = str(error)
+            return None
+        try:
+            module.isa()
+        except (ValueError, RuntimeError) as error:
+            raise InvalidInput(str(error)) from error
+        _extension = module
+    return _extension
+
+
+def why_missing() -> str:
+    """A sentence that says why :func:`extension` is None and how to get it."""
+    return (
+        f"the cpu backend needs the compiled module sharpcore._C, which cannot be imported ({_import_error}); "
+        "install a C++17 compiler and then sharpcore again, with SHARPCORE_REQUIRE_EXTENSION=1 to see why a build fails"
+    )
+
+
+def group_norm_silu_tangent(
+    tangent: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    """As :func:`sharpcore.backends.reference.group_norm_silu_tangent`; the result has the tangent's memory layout."""
+    return _group_norm_silu("group_norm_silu_tangent", tangent, x, mean, rstd, weight, bias, groups, silu)
+
+
+def group_norm_silu_adjoint(
+    cotangent: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    """As :func:`sharpcore.backends.reference.group_norm_silu_adjoint`; the result has the cotangent's memory layout."""
+    return _group_norm_silu("group_norm_silu_adjoint", cotangent, x, mean, rstd, weight, bias, groups, silu)
+
+
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    kernel.__name__: kernel for kernel in (group_norm_silu_tangent, group_norm_silu_adjoint)
+}
+
+
+def _group_norm_silu(
+    kernel: str,
+    vectors: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    tensors = [t for t in (vectors, x, mean, rstd, weight, bias) if t is not None]
+    native = extension()
+    if native is None or not _computable(tensors):
+        return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, bias, groups, silu)
+    _check_group_norm(vectors, x, mean, rstd, weight, bias, groups)
+
+    channels_last = _is_channels_last(vectors)
+    if not (channels_last or _is_channels_first(vectors)):
+        vectors = vectors.contiguous()
+    count, batch, channels = vectors.shape[:3]
+    if channels_last:
+        out = vectors.new_empty((count, batch, *vectors.shape[3:], channels)).movedim(-1, 2)
+        x = x if _is_channels_last(x[None]) else x.movedim(1, -1).contiguous().movedim(-1, 1)
+    else:
+        out = vectors.new_empty(vectors.shape)
+        x = x if _is_channels_first(x[None]) else x.contiguous()
+    if out.numel() == 0:
+        return out
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    getattr(native, kernel)(
+        out=out.data_ptr(),
+        vectors=vectors.data_ptr(),
+        x=x.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        bias=0 if bias is None else bias.data_ptr(),
+        float64=vectors.dtype == torch.float64,
+        count=count,
+        batch=batch,
+        channels=channels,
+        positions=vectors.shape[3:].numel(),
+        groups=groups,
+        out_strides=out.stride()[:2],
+        vector_strides=vectors.stride()[:2],
+        x_stride=x.stride(0),
+        channels_last=channels_last,
+        silu=silu,
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _computable(tensors: list[Tensor]) -> bool:
+    """Whether the C++ kernels take these tensors: one supported dtype, CPU memory, nothing for autograd to record."""
+    dtype = tensors[0].dtype
+    return (
+        dtype in DTYPES
+        and all(t.dtype == dtype and t.device.type == "cpu" for t in tensors)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    )
+
+
+def _check_group_norm(
+    vectors: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+) -> None:
+    """Refuse shapes with which the kernel would read or write outside its tensors."""
+    if x.ndim < 2 or vectors.shape[1:] != x.shape:
+        raise InvalidInput(f"tangent: expected shape [K, *x.shape] = [K, *{list(x.shape)}], got {list(vectors.shape)}")
+    batch, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise InvalidInput(f"groups: expected a divisor of the {channels} channels, got {groups}")
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic.shape != (batch, groups):
+            raise InvalidInput(f"{name}: expected shape {[batch, groups]}, got {list(statistic.shape)}")
+    for name, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is not None and parameter.shape != (channels,):
+            raise InvalidInput(f"{name}: expected shape {[channels]} or None, got {list(parameter.shape)}")
+
+
+def _is_channels_first(vectors: Tensor) -> bool:
+    """Whether each [C, *spatial] of [K, B, C, *spatial] lies in memory in this order without gaps."""
+    return _is_dense(vectors.shape[2:], vectors.stride()[2:])
+
+
+def _is_channels_last(vectors: Tensor) -> bool:
+    """Whether each [C, *spatial] of [K, B, C, *spatial] lies in memory as [*spatial, C] without gaps."""
+    shape, stride = vectors.shape, vectors.stride()
+    return _is_dense((*shape[3:], shape[2]), (*stride[3:], stride[2]))
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    expected = 1
+    for size, step in zip(reversed(shape), reversed(stride), strict=True):
+        if size != 1 and step != expected:
+            return False
+        expected *= size
+    return True

@@ -1,0 +1,27 @@
+"""The reference backend: every kernel in plain PyTorch, one file per operation; it is the specification."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sharpcore.backends.reference.attention_tangent import (
+    attention_adjoint,
+    attention_forward,
+    attention_tangent,
+)
+from sharpcore.backends.reference.group_norm_silu_tangent import (
+    group_norm_silu_adjoint,
+    group_norm_silu_tangent,
+)
+
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    kernel.__name__: kernel
+    for kernel in (
+        attention_forward,
+        attention_tangent,
+        attention_adjoint,
+        group_norm_silu_tangent,
+        group_norm_silu_adjoint,
+    )
+}

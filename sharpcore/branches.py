@@ -1,0 +1,85 @@
+"""The two branches of a guided network, with and without the prompt: their predictions, linearizations and differences."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpcore.conditioning import Conditioning
+from sharpcore.linearize import Linearization, linearize
+from sharpcore.score import score_from_prediction
+
+
+class Branch:
+    """A network as a function of the latent that is linearized once and then moved from point to point.
+
+    The timestep and the conditioning are inputs of the recorded program, so that other prompts and steps of the same batch size
+    cost a forward pass and no new trace.
+    """
+
+    def __init__(self, network: Callable[..., Any], backend: str) -> None:
+        self.network = network
+        self.backend = backend
+        self._linearization: Linearization | None = None
+        self._layout: Any = None
+
+    def at(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Linearization:
+        """The linearized prediction at x [B, ...], timestep [B], conditioning with B rows; valid until the next call."""
+        tensors = list(_tensors(conditioning))
+        layout = (_keys(conditioning), [(t.shape, t.dtype, t.device) for t in (x, timestep, *tensors)])
+        lin, self._linearization = self._linearization, None
+        if lin is not None and self._layout == layout:
+            self._linearization = lin.relinearize(x, timestep, *tensors)
+            return self._linearization
+        del lin  # its residuals are freed before those of the new batch size are made
+
+        def prediction(x: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
+            return predict(self.network, x, timestep, _rebuild(conditioning, iter(tensors)))
+
+        self._linearization = linearize(prediction, x, timestep, *tensors, backend=self.backend)
+        self._layout = layout
+        return self._linearization
+
+
+def predict(network: Callable[..., Any], x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+    """The network's own output (epsilon, v, sample or velocity) at x [B, ...], timestep [B]."""
+    return network(x, timestep, return_dict=False, **conditioning)[0]
+
+
+def prediction_factor(x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str, units: str) -> Tensor:
+    """What the prediction is multiplied with to give the score, broadcastable to x.
+
+    In the difference of two scores at one x the term in x cancels, so this factor alone turns differences of predictions, and of
+    their Jacobians, into those of scores.
+    """
+    one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    return score_from_prediction(one, torch.zeros_like(one), alpha, sigma, prediction_type, units)
+
+
+def _tensors(conditioning: Conditioning) -> Iterator[Tensor]:
+    for value in conditioning.values():
+        if isinstance(value, dict):
+            yield from _tensors(value)
+        elif isinstance(value, Tensor):
+            yield value
+
+
+def _keys(conditioning: Conditioning) -> Any:
+    return [
+        (name, _keys(value) if isinstance(value, dict) else None if isinstance(value, Tensor) else value)
+        for name, value in conditioning.items()
+    ]
+
+
+def _rebuild(conditioning: Conditioning, tensors: Iterator[Tensor]) -> Conditioning:
+    return {
+        name: _rebuild(value, tensors)
+        if isinstance(value, dict)
+        else next(tensors)
+        if isinstance(value, Tensor)
+        else value
+        for name, value in conditioning.items()
+    }

@@ -1,0 +1,162 @@
+"""SharpnessCallback: scores the latents of a user's own pipeline call while it generates, and can stop it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpcore import conditioning as text
+from sharpcore.branches import Branch
+from sharpcore.detect import make_metrics
+from sharpcore.errors import InvalidInput
+from sharpcore.pipeline import make_evidence, pair_product, scale_model_input
+from sharpcore.score import UNITS
+from sharpcore.table import ScoreTable
+
+
+class SharpnessCallback:
+    """A `callback_on_step_end` for diffusers pipelines that records scores, and stops above a threshold.
+
+    Use: `callback = SharpnessCallback(pipe, steps=(1, 10))`, then
+    `pipe(prompt, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=callback.tensor_inputs)` and `callback.table()`.
+
+    Parameters
+    ----------
+    pipe
+        The pipeline that will be called (SD 1.x, 2.x, XL).
+    steps
+        Indices of the steps whose incoming latent is scored. diffusers calls back at the end of a step, so the latent entering step
+        i is seen at the end of step i - 1; for step 0 the initial latent has to be given.
+    latents
+        The initial latents [B, C, H, W] that are passed to the pipeline, needed for step 0 only.
+    metrics, units, squared, backend
+        As in `SharpnessScorer`.
+    threshold
+        Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is above it: the
+        pipeline then ends at this step, with the latents as they are. `stopped_at` tells the step.
+
+    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own work.
+    Raises InvalidInput for bad arguments, UnsupportedModel for a pipeline whose scores are not defined.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        *,
+        steps: Sequence[int] = (1,),
+        latents: Tensor | None = None,
+        metrics: Sequence[str] = ("score_difference", "hessian_score_difference"),
+        units: str = "score",
+        squared: bool = True,
+        threshold: float | None = None,
+        threshold_metric: str | None = None,
+        backend: str = "auto",
+    ) -> None:
+        text.check_pipeline(pipe)
+        steps = [steps] if isinstance(steps, int) else list(steps)
+        if not steps or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in steps):
+            raise InvalidInput(f"steps: expected non-negative indices; got {steps}")
+        if 0 in steps and latents is None:
+            raise InvalidInput("steps: step 0 is over before the first callback; give the initial latents as latents=")
+        if units not in UNITS:
+            raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
+        self.pipe = pipe
+        self.steps = frozenset(steps)
+        self.units = units
+        self.metrics = make_metrics(metrics, squared=squared)
+        self.threshold = threshold
+        self.threshold_metric = threshold_metric or self.metrics[0].name
+        if self.threshold_metric not in [metric.name for metric in self.metrics]:
+            raise InvalidInput(f"threshold_metric: expected one of metrics; got {threshold_metric!r}")
+        self.stopped_at: int | None = None
+        self.rows: list[dict[str, Any]] = []
+        self._first = latents
+        self._branch = Branch(pipe.unet, backend)
+        offered = getattr(pipe, "_callback_tensor_inputs", [])
+        wanted = ["latents", "prompt_embeds", "negative_prompt_embeds"]
+        if getattr(pipe.unet.config, "addition_embed_type", None) == "text_time":
+            wanted += ["add_text_embeds", "add_time_ids", "negative_pooled_prompt_embeds", "negative_add_time_ids"]
+        #: What to pass as callback_on_step_end_tensor_inputs.
+        self.tensor_inputs: list[str] = [name for name in wanted if name in offered]
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        """Called by the pipeline at the end of step `step`."""
+        missing = [name for name in self.tensor_inputs if name not in tensors]
+        if missing:
+            raise InvalidInput(
+                "callback_on_step_end_tensor_inputs: expected callback.tensor_inputs; missing " + ", ".join(missing)
+            )
+        if step == 0:
+            self.rows, self.stopped_at = [], None
+            if 0 in self.steps:
+                assert self._first is not None
+                self._score(0, self._first * getattr(pipe.scheduler, "init_noise_sigma", 1.0), tensors)
+        entering = step + 1
+        if entering in self.steps and entering < len(pipe.scheduler.timesteps) and self.stopped_at is None:
+            self._score(entering, tensors["latents"], tensors)
+        if self.stopped_at is not None:
+            pipe._interrupt = True
+        return tensors
+
+    def table(self) -> ScoreTable:
+        """One row for each sample and scored step: `sample`, `step`, `timestep` and the metrics."""
+        return ScoreTable(self.rows)
+
+    @torch.no_grad()
+    def _score(self, step: int, latents: Tensor, tensors: dict[str, Any]) -> None:
+        unet, scheduler = self.pipe.unet, self.pipe.scheduler
+        place = next(unet.parameters())
+        latents = latents.to(place.device, place.dtype)
+        unconditional, conditional = self._conditionings(tensors, latents)
+        t = scheduler.timesteps[step]
+        x = _scaled(scheduler, latents, t, step)
+        timestep = t.to(place.device).expand(x.shape[0])
+        both = text.concat_conditioning([unconditional, conditional])
+        lin = self._branch.at(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
+        without, with_prompt = lin.value.chunk(2)
+        evidence = make_evidence(with_prompt - without, pair_product(lin), timestep, scheduler, self.units)
+        computed = {metric.name: metric.compute(evidence).tolist() for metric in self.metrics}
+        for sample in range(x.shape[0]):
+            row: dict[str, Any] = {"sample": sample, "step": step, "timestep": float(t)}
+            row.update((name, values[sample]) for name, values in computed.items())
+            self.rows.append(row)
+        if self.threshold is not None and max(computed[self.threshold_metric]) > self.threshold:
+            self.stopped_at = step
+
+    def _conditionings(self, tensors: dict[str, Any], latents: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The conditionings of both branches from what the pipeline has at hand: stacked under guidance, else ours."""
+        count = latents.shape[0]
+        named = {"encoder_hidden_states": tensors["prompt_embeds"]}
+        added = {"text_embeds": tensors.get("add_text_embeds"), "time_ids": tensors.get("add_time_ids")}
+        given: dict[str, Any] = dict(named)
+        if added["text_embeds"] is not None:
+            given["added_cond_kwargs"] = added
+        rows = tensors["prompt_embeds"].shape[0]
+        place = next(self.pipe.unet.parameters())
+        given = text.cast_conditioning(given, place)
+        if rows == 2 * count:
+            return text.select_conditioning(given, slice(0, count)), text.select_conditioning(given, slice(count, None))
+        factor = self.pipe.vae_scale_factor
+        size = {"height": latents.shape[-2] * factor, "width": latents.shape[-1] * factor}
+        return text.repeat_conditioning(text.encode_unconditional(self.pipe, **size), count), given
+
+
+def _scaled(scheduler: Any, latents: Tensor, t: Tensor, step: int) -> Tensor:
+    """`scale_model_input` without moving the running scheduler's own step counter."""
+    before = getattr(scheduler, "_step_index", None)
+    scaled_flag = getattr(scheduler, "is_scale_input_called", None)
+    if before is not None:
+        scheduler._step_index = step
+    try:
+        return scale_model_input(scheduler, latents, t)
+    finally:
+        if before is not None:
+            scheduler._step_index = before
+        if scaled_flag is not None:
+            scheduler.is_scale_input_called = scaled_flag
+
+
+__all__ = ["SharpnessCallback"]

@@ -1,0 +1,27 @@
+"""Metrics of memorization: one file a metric, each a function of what the two branches of a guided network show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sharpcore.detect.evidence import Evidence as Evidence
+from sharpcore.detect.evidence import Metric as Metric
+from sharpcore.detect.hessian_score_difference import HessianScoreDifference
+from sharpcore.detect.score_difference import ScoreDifference
+from sharpcore.errors import InvalidInput
+
+METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (ScoreDifference, HessianScoreDifference)}
+
+
+def make_metrics(names: Sequence[str], *, squared: bool) -> list[Metric]:
+    """The metrics of the given names; `squared` is for those that can be given with or without the square.
+
+    Raises InvalidInput for an empty list, an unknown name, or a name given twice.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    if not names or len(set(names)) != len(names):
+        raise InvalidInput(f"metrics: expected different names out of {', '.join(METRICS)}; got {names}")
+    unknown = [name for name in names if name not in METRICS]
+    if unknown:
+        raise InvalidInput(f"metrics: expected names out of {', '.join(METRICS)}; got {unknown[0]!r}")
+    return [METRICS[name](squared=squared) for name in names]

@@ -1,0 +1,22 @@
+"""hessian_score_difference: the sharpness that the prompt adds along its own direction, ||H_D s_D||^2."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from sharpcore.detect.evidence import Evidence, Metric, sample_norms
+
+
+class HessianScoreDifference(Metric):
+    """||(H(x, prompt) - H(x, no prompt)) s_D||^2, or its square root with squared=False (arXiv 2412.04140, section 4).
+
+    The paper squares, its released code does not: the same ranking for one seed, not for means over several.
+    """
+
+    name = "hessian_score_difference"
+    source = "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, arXiv 2412.04140"
+    needs_product = True
+
+    def compute(self, evidence: Evidence) -> Tensor:
+        norms = sample_norms(evidence.hessian_difference_product)
+        return norms.square() if self.squared else norms
