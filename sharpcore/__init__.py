@@ -9,8 +9,8 @@ __version__ = "0.1.0"
 
 # Public name -> the module that defines it. Resolved on first use, so that importing sharpcore stays cheap.
 _EXPORTS = {
-    "linearize": "sharpcore.linearize",
-    "Linearization": "sharpcore.linearize",
+    "linearize": "sharpcore.linearization",
+    "Linearization": "sharpcore.linearization",
     "ScoreFunction": "sharpcore.score",
     "ScoreJacobian": "sharpcore.operators",
     "Hessian": "sharpcore.operators",
@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from sharpcore.errors import SharpcoreError as SharpcoreError
     from sharpcore.errors import UnsupportedModel as UnsupportedModel
     from sharpcore.errors import UnsupportedOperation as UnsupportedOperation
-    from sharpcore.linearize import Linearization as Linearization
-    from sharpcore.linearize import linearize as linearize
+    from sharpcore.linearization import Linearization as Linearization
+    from sharpcore.linearization import linearize as linearize
     from sharpcore.operators import Hessian as Hessian
     from sharpcore.operators import HessianDifference as HessianDifference
     from sharpcore.operators import ScoreJacobian as ScoreJacobian

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.conditioning import Conditioning
-from sharpcore.linearize import Linearization, linearize
+from sharpcore.linearization import Linearization, linearize
 from sharpcore.score import score_from_prediction
 
 

@@ -75,12 +75,11 @@ class SharpnessCallback:
         self.rows: list[dict[str, Any]] = []
         self._first = latents
         self._branch = Branch(pipe.unet, backend)
-        offered = getattr(pipe, "_callback_tensor_inputs", [])
-        wanted = ["latents", "prompt_embeds", "negative_prompt_embeds"]
-        if getattr(pipe.unet.config, "addition_embed_type", None) == "text_time":
-            wanted += ["add_text_embeds", "add_time_ids", "negative_pooled_prompt_embeds", "negative_add_time_ids"]
+        self._unconditional: text.Conditioning | None = None
         #: What to pass as callback_on_step_end_tensor_inputs.
-        self.tensor_inputs: list[str] = [name for name in wanted if name in offered]
+        self.tensor_inputs: list[str] = ["latents", "prompt_embeds"]
+        if getattr(pipe.unet.config, "addition_embed_type", None) == "text_time":
+            self.tensor_inputs += ["add_text_embeds", "add_time_ids"]
 
     def __call__(self, pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         """Called by the pipeline at the end of step `step`."""
@@ -127,21 +126,18 @@ class SharpnessCallback:
             self.stopped_at = step
 
     def _conditionings(self, tensors: dict[str, Any], latents: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The conditionings of both branches from what the pipeline has at hand: stacked under guidance, else ours."""
-        count = latents.shape[0]
-        named = {"encoder_hidden_states": tensors["prompt_embeds"]}
-        added = {"text_embeds": tensors.get("add_text_embeds"), "time_ids": tensors.get("add_time_ids")}
-        given: dict[str, Any] = dict(named)
-        if added["text_embeds"] is not None:
-            given["added_cond_kwargs"] = added
-        rows = tensors["prompt_embeds"].shape[0]
-        place = next(self.pipe.unet.parameters())
-        given = text.cast_conditioning(given, place)
-        if rows == 2 * count:
-            return text.select_conditioning(given, slice(0, count)), text.select_conditioning(given, slice(count, None))
-        factor = self.pipe.vae_scale_factor
+        """Without and with the prompt: the pipeline's own embeddings, and the empty prompt (not a negative one)."""
+        count, factor = latents.shape[0], self.pipe.vae_scale_factor
+        given: dict[str, Any] = {"encoder_hidden_states": tensors["prompt_embeds"]}
+        if "add_text_embeds" in tensors:
+            given["added_cond_kwargs"] = {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]}
+        given = text.cast_conditioning(given, next(self.pipe.unet.parameters()))
+        if tensors["prompt_embeds"].shape[0] == 2 * count:  # guidance: the negative branch comes first
+            given = text.select_conditioning(given, slice(count, None))
         size = {"height": latents.shape[-2] * factor, "width": latents.shape[-1] * factor}
-        return text.repeat_conditioning(text.encode_unconditional(self.pipe, **size), count), given
+        if self._unconditional is None:
+            self._unconditional = text.encode_unconditional(self.pipe, **size)
+        return text.repeat_conditioning(self._unconditional, count), given
 
 
 def _scaled(scheduler: Any, latents: Tensor, t: Tensor, step: int) -> Tensor:
@@ -158,5 +154,3 @@ def _scaled(scheduler: Any, latents: Tensor, t: Tensor, step: int) -> Tensor:
         if scaled_flag is not None:
             scheduler.is_scale_input_called = scaled_flag
 
-
-__all__ = ["SharpnessCallback"]

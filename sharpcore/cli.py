@@ -28,7 +28,7 @@ from sharpcore.table import ScoreTable, parquet_metadata, write_rows
 FIRST_SEED = 42
 LABEL = "memorized"
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
-_SECONDS_BETWEEN_LINES = 10.0
+_SECONDS_BETWEEN_LINES = 30.0
 
 
 class _Group(TyperGroup):
@@ -291,14 +291,15 @@ def _score(prompts: Sequence[PromptRow], output: Path, scoring: Scoring) -> None
     )
     with Journal(output, settings, prompts, resume=scoring.resume, overwrite=scoring.overwrite) as journal:
         remaining = [row for row in prompts[journal.finished :] if row.error is None]
-        options = {
+        options: dict[str, Any] = {
             name: settings[name] for name in ("steps", "seeds", "metrics", "units", "squared", "latent_size")
         }
-        texts = [row.prompt for row in remaining]
+        texts = [row.prompt for row in remaining if row.prompt is not None]
         blocks = scorer.iterate(texts, **options, on_error="record") if texts else ()
         timesteps = [float(scorer.timesteps[step]) for step in steps]
         try:
             with (
+                _silence(),
                 _warnings_as_lines(remaining),
                 _progress(len(prompts), journal.finished, scoring.quiet) as advance,
             ):
@@ -307,7 +308,8 @@ def _score(prompts: Sequence[PromptRow], output: Path, scoring: Scoring) -> None
             failed = journal.failed()
             journal.finish()
         except BaseException:
-            _say(journal.keep())
+            if journal.finished:
+                _say(journal.keep())
             raise
     _say(
         f"{len(prompts)} prompts written to {output}"
@@ -328,7 +330,7 @@ def _warnings_as_lines(prompts: Sequence[PromptRow]) -> Iterator[None]:
 
     with warnings.catch_warnings():
         warnings.simplefilter("always", UserWarning)
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 
@@ -404,7 +406,6 @@ def _load(folder: Path, scoring: Scoring) -> Any:
         raise InvalidInput(f"--dtype: expected one of {', '.join(_DTYPES)}, got {scoring.dtype!r}")
     try:
         from diffusers import DiffusionPipeline
-        from diffusers.utils import logging
     except ImportError:
         raise _no_diffusers() from None
     import torch
@@ -416,16 +417,31 @@ def _load(folder: Path, scoring: Scoring) -> Any:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise InvalidInput(f"--device: expected a device that works here, got {wanted!r}: {reason}") from None
-    logging.disable_progress_bar()
     try:
-        pipe = DiffusionPipeline.from_pretrained(
-            folder, safety_checker=None, torch_dtype=getattr(torch, scoring.dtype), local_files_only=True
-        )
+        with _silence():
+            pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
+            return pipe.to(device, getattr(torch, scoring.dtype))
     except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
-        raise UnsupportedModel(
-            f"--model {folder}: it cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
-    return pipe.to(device)
+        reason = str(error).splitlines()[0]
+        raise UnsupportedModel(f"--model {folder}: it cannot be loaded: {reason}") from error
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bars and advice from diffusers and transformers."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(module, module.get_verbosity()) for module in (diffusers_logging, transformers_logging)]
+    try:
+        for module, _ in before:
+            module.set_verbosity_error()
+            module.disable_progress_bar()
+        yield
+    finally:
+        for module, verbosity in before:
+            module.set_verbosity(verbosity)
+            module.enable_progress_bar()
 
 
 def _no_diffusers() -> MissingDependency:

@@ -144,7 +144,7 @@ def _network(fused: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
 
 
 def _products_agree() -> float:
-    from sharpcore.linearize import linearize
+    from sharpcore.linearization import linearize
 
     network, x, tangents = _network(fused=True)
     spelled_out, _, _ = _network(fused=False)
@@ -153,7 +153,7 @@ def _products_agree() -> float:
 
 
 def _transpose_agrees() -> float:
-    from sharpcore.linearize import linearize
+    from sharpcore.linearization import linearize
 
     network, x, tangents = _network(fused=True)
     pushed = linearize(network, x)

@@ -10,28 +10,29 @@ if TYPE_CHECKING:
     from sharpcore.rules import LinearMap
 
 
-def explain(program: Program, maps: Sequence[LinearMap | None]) -> str:
+def explain(program: Program, maps: Sequence[LinearMap | None] | None) -> str:
     """One line an instruction: operation, kind of linear map, output shape, bytes kept, FLOPs per tangent, module."""
     rows = [("#", "operation", "linear map", "output", "kept MB", "MFLOP", "module")]
     seen: set[int] = set()
     total_bytes = total_flops = 0
     for number, step in enumerate(program.steps):
-        node, instruction = program.nodes[step.node], maps[step.node]
-        assert instruction is not None
-        kept = 0
-        for _, tensor in instruction.residuals():
-            storage = tensor.untyped_storage()
-            if storage._cdata not in seen:
-                seen.add(storage._cdata)
-                kept += storage.nbytes()
-        flops = instruction.flops(1)
+        node = program.nodes[step.node]
+        instruction = None if maps is None else maps[step.node]
+        kept = flops = 0
+        if instruction is not None:
+            flops = instruction.flops(1)
+            for _, tensor in instruction.residuals():
+                storage = tensor.untyped_storage()
+                if storage._cdata not in seen:
+                    seen.add(storage._cdata)
+                    kept += storage.nbytes()
         total_bytes += kept
         total_flops += flops
         rows.append(
             (
                 str(number),
                 node.name,
-                type(instruction).__name__,
+                "" if instruction is None else type(instruction).__name__,
                 "x".join(map(str, node.shapes[0])),
                 f"{kept / 1e6:.2f}",
                 f"{flops / 1e6:.2f}",

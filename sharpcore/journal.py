@@ -114,6 +114,8 @@ class Journal:
                 for prompt in waiting:
                     if prompt.error is None:
                         scored = block[start : start + self._rows_per_prompt]
+                        if any(row["prompt"] != prompt.prompt for row in scored):
+                            raise ValueError(f"the scorer's rows are not those of row {prompt.row}")
                         rows += [{"prompt": prompt.prompt, **prompt.columns} | row for row in scored]
                         break
                     rows += self._bad_rows(prompt, timesteps)
@@ -172,8 +174,6 @@ class Journal:
     def keep(self) -> str:
         """After an interruption, make the output of the finished rows if possible, and say where they are."""
         done = f"{self.finished} of {len(self._prompts)} prompts are finished"
-        if not self.finished:
-            return done
         try:
             self.assemble()
         except OSError as error:
@@ -262,10 +262,8 @@ class Journal:
                 raise InvalidInput(
                     f"--resume: {path} has more prompts than the input, which has {len(self._prompts)}"
                 )
-            for name, value in {
-                "prompt": self._prompts[index].prompt,
-                **self._prompts[index].columns,
-            }.items():
+            prompt = self._prompts[index]
+            for name, value in [("prompt", prompt.prompt), *prompt.columns.items()]:
                 if row.get(name) != value:
                     raise InvalidInput(
                         f"--resume: the input is not the one {path} was made from: row {index + 1} has "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput, MissingDependency
-from sharpcore.linearize import Linearization
+from sharpcore.linearization import Linearization
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator

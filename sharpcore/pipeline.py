@@ -16,7 +16,7 @@ from sharpcore.branches import Branch, predict, prediction_factor
 from sharpcore.detect import Evidence, Metric, make_metrics
 from sharpcore.errors import InvalidInput, OutOfMemory
 from sharpcore.fingerprint import fingerprint
-from sharpcore.linearize import Linearization
+from sharpcore.linearization import Linearization
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, noise_level, prediction_type_of, schedule
 from sharpcore.table import ScoreTable

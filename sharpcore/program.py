@@ -100,6 +100,12 @@ class Program:
     tangent_output: int | None = None
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
 
+    def explain(self, maps: Sequence[LinearMap | None] | None = None) -> str:
+        """A table of the instructions; with the maps of a linearization also what each keeps and costs."""
+        from sharpcore.explain import explain
+
+        return explain(self, maps)
+
     def replay(
         self, inputs: Sequence[Tensor], maps: list[LinearMap | None], rules: dict[Any, Rule], kernels: Any
     ) -> Tensor | None:

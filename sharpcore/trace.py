@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
-from sharpcore.errors import UnsupportedOperation
+from sharpcore.errors import InvalidInput, UnsupportedOperation
 from sharpcore.program import Node, Program, Ref, build_map
 from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, load_rules
 from sharpcore.rules.attention import additive_mask
@@ -39,6 +40,7 @@ class _Binding:
     tensor: weakref.ref[Tensor]
     value: int
     writes: int
+    storage: int | None
 
 
 @dataclass
@@ -88,6 +90,8 @@ class Tracer:
         self.paused = False
         self._bindings: dict[int, _Binding] = {}
         self._written: dict[int, _WrittenStorage] = {}
+        # Storages that hold recorded values. A weak reference keeps the address from being reused, not the memory alive.
+        self._dependent: dict[int, StorageWeakRef] = {}
         self._captured: set[int] = set()  # storages that nodes or maps refer to
         self._names: dict[int, str] = {}
         self._root: Any = None
@@ -101,21 +105,39 @@ class Tracer:
         return value
 
     def _bind(self, tensor: Tensor, value: int) -> None:
-        written = self._written.get(_storage_key(tensor)) if tensor.layout is torch.strided else None
+        storage = None
+        if tensor.layout is torch.strided:
+            storage = _storage_key(tensor)
+            if storage not in self._dependent:
+                self._dependent[storage] = StorageWeakRef(tensor.untyped_storage())
+        written = self._written.get(storage) if storage is not None else None
         key = id(tensor)
         bindings = self._bindings
         reference = weakref.ref(tensor, lambda _: bindings.pop(key, None))
-        bindings[key] = _Binding(reference, value, len(written.writes) if written else 0)
+        bindings[key] = _Binding(reference, value, len(written.writes) if written else 0, storage)
 
     def value_of(self, tensor: Tensor) -> int | None:
-        """The program value that a tensor holds now; None for a constant."""
+        """The program value that a tensor holds now; None for a constant.
+
+        Raises UnsupportedOperation for a tensor that shares memory with a recorded value but was not made from it by a recorded
+        operation (`.data =`, `nn.Parameter(...)`, `as_subclass`, `set_`): taking it for a constant would lose its derivative.
+        """
         binding = self._bindings.get(id(tensor))
         if binding is not None and binding.tensor() is not tensor:
             binding = None
-        if self._written and tensor.layout is torch.strided:
-            written = self._written.get(_storage_key(tensor))
-            if written is not None and len(written.writes) > (binding.writes if binding else 0):
-                return self._catch_up(tensor, binding, written)
+        if tensor.layout is not torch.strided:
+            return None if binding is None else binding.value
+        storage = _storage_key(tensor)
+        if binding is not None and binding.storage != storage:
+            raise UnsupportedOperation(f"a tensor that depends on x was given another storage {self.where()}")
+        written = self._written.get(storage)
+        if written is not None and len(written.writes) > (binding.writes if binding else 0):
+            return self._catch_up(tensor, binding, written)
+        if binding is None and storage in self._dependent:
+            raise UnsupportedOperation(
+                f"a tensor shares memory with one that depends on x, but came from no recorded operation {self.where()}: "
+                "its derivative would be lost"
+            )
         return None if binding is None else binding.value
 
     def _catch_up(self, tensor: Tensor, binding: _Binding | None, written: _WrittenStorage) -> int | None:
@@ -145,7 +167,7 @@ class Tracer:
         template = (current if base is None else Ref(base), Ref(update), source)
         call = Call(overlay, (current, current.new_zeros(()).expand(size), source), {}, current, ())
         kinds = [None if base is None else self.kinds[base], self.kinds[update], None]
-        return self._append(overlay, template, {}, call, kinds, [0, 1])[0]
+        return self._append(overlay, template, {}, call, kinds, [0, 1, 2])[0]
 
     # -- recording ----------------------------------------------------------------------------------------------------------
 
@@ -176,6 +198,8 @@ class Tracer:
         tags = getattr(op, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
             raise UnsupportedOperation(f"{op} draws random numbers that depend on x {self.where()}; use .eval()")
+        if op is aten.view.dtype and any(self.kinds[value] is Kind.ACTIVE for value in values.values()):
+            raise UnsupportedOperation(f"the bits of a tensor that depends on x are read as another dtype {self.where()}")
         self._check_data_dependence(op, values, tags)
         if mutates:
             return self._record_in_place(op, args, kwargs, values)
@@ -352,6 +376,14 @@ class Tracer:
         enable_gqa: bool = False,
     ) -> Tensor:
         """scaled_dot_product_attention as one operation of the program."""
+        if torch.is_autocast_enabled(query.device.type):
+            # What autocast itself does to attention; the kernel then runs outside of it.
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = (t.to(dtype) for t in (query, key, value))
+            if attn_mask is not None and attn_mask.dtype != torch.bool:
+                attn_mask = attn_mask.to(dtype)
+            with torch.autocast(query.device.type, enabled=False):
+                return self.attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
         if dropout_p:
             raise UnsupportedOperation(f"attention with dropout {self.where()}; use .eval()")
         if enable_gqa and key.shape[-3] != query.shape[-3]:
@@ -387,7 +419,16 @@ class _Operations(TorchDispatchMode):
 
 # Ways out of the tensor world that bypass ATen; on a value that depends on x they would lose its derivative silently.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_ESCAPES = {Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.data_ptr}
+_ESCAPES = {
+    Tensor.numpy,
+    Tensor.tolist,
+    Tensor.__array__,
+    Tensor.__dlpack__,
+    Tensor.__reduce_ex__,
+    Tensor.data_ptr,
+    Tensor.storage,
+    Tensor.untyped_storage,
+}
 
 
 class _Functions(TorchFunctionMode):
@@ -404,17 +445,23 @@ class _Functions(TorchFunctionMode):
             return func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:
             return tracer.attention(*args, **kwargs)
-        if func is F.linear:
+        if func is Tensor.__deepcopy__:
+            return args[0].clone()
+        if func is F.linear and not torch.is_autocast_enabled(_device_type(args, kwargs)):
             operands = _linear_arguments(*args, **kwargs)
             if tracer.value_of(operands[0]) is not None and operands[1].dim() == 2:
                 return tracer.record(F.linear, operands, {}, F.linear)
         elif func == _DATA:
             return args[0].detach()
-        elif func in _ESCAPES and tracer.value_of(args[0]) is not None:
+        elif func in _ESCAPES and isinstance(args[0], Tensor) and tracer.value_of(args[0]) is not None:
             raise UnsupportedOperation(
                 f"{getattr(func, '__name__', func)} takes a tensor that depends on x out of torch {tracer.where()}"
             )
         return func(*args, **kwargs)
+
+
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    return (args[0] if args else kwargs["input"]).device.type
 
 
 def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -437,7 +484,9 @@ def trace(
         with _Functions(tracer), _Operations(tracer):
             out = f(*inputs)
     if not isinstance(out, Tensor):
-        raise TypeError(f"f must return one tensor; got {type(out).__name__}")
+        raise InvalidInput(f"f: expected it to return one tensor; got {type(out).__name__}")
+    if not out.is_floating_point():
+        raise InvalidInput(f"f: expected it to return a floating-point tensor; got {out.dtype}")
     tracer.paused = True
     output = tracer.value_of(out)
     active = output is not None and tracer.kinds[output] is Kind.ACTIVE

@@ -19,7 +19,8 @@ NAMES = ("auto", "reference", "cpu")
 class Backend:
     """One executor; every kernel is an attribute: ``backend.group_norm_silu_tangent(...)``.
 
-    A kernel that the executor lacks, or has not for a dtype or device, is the reference's: a call always works.
+    A kernel that the executor lacks, or has not for a dtype or device, is the
+    reference's: a call always works.
     """
 
     name: str
@@ -34,7 +35,7 @@ class Backend:
 
 @dataclass(frozen=True)
 class Support:
-    """Whether a backend has its own kernel for a dtype and device, and if not, why; ``bool()`` gives ``ok``."""
+    """Whether a backend has its own kernel for a dtype and device; if not, the reason in words."""
 
     ok: bool
     reason: str = ""
@@ -65,8 +66,8 @@ def get_backend(name: str, *, device: torch.device | str, dtype: torch.dtype) ->
     """The executor called ``name`` for tensors of ``dtype`` on ``device``.
 
     Args:
-        name: "reference" (plain PyTorch), "cpu" (C++ kernels), or "auto": cpu where its extension is built, the
-            device is the CPU and the dtype is one it computes in; else reference.
+        name: "reference" (plain PyTorch), "cpu" (C++ kernels), or "auto": cpu where its extension is built,
+            the device is the CPU and the dtype is one it computes in; else reference.
         device: where the tensors live.
         dtype: what the network computes in.
 
@@ -99,7 +100,9 @@ def supports(backend: str, kernel: str, *, device: torch.device | str, dtype: to
     if kernel not in reference.KERNELS:
         raise InvalidInput(f"kernel: expected one of {', '.join(reference.KERNELS)}, got {kernel!r}")
     if backend == "reference":
-        return Support(True) if dtype.is_floating_point else Support(False, f"{dtype} is not a floating dtype")
+        return (
+            Support(True) if dtype.is_floating_point else Support(False, f"{dtype} is not a floating dtype")
+        )
     if kernel not in cpu.KERNELS:
         return Support(False, f"the cpu backend has no {kernel}; the reference is used")
     if cpu.extension() is None:
@@ -112,7 +115,7 @@ def supports(backend: str, kernel: str, *, device: torch.device | str, dtype: to
 
 
 def support_table() -> list[SupportRow]:
-    """One row per backend and kernel: its dtypes, its devices, whether it can be used here, and if not, why."""
+    """One row per backend and kernel: dtypes, devices, whether it can be used here, and if not, why."""
     rows = [
         SupportRow("reference", kernel, tuple(map(_short, _REFERENCE_DTYPES)), ("any",), True, "")
         for kernel in reference.KERNELS

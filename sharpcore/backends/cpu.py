@@ -1,4 +1,4 @@
-"""The cpu backend: checks tensors and hands their pointers, sizes and strides to the C++ kernels of sharpcore._C."""
+"""The cpu backend: checks tensors and hands their pointers, sizes and strides to the C++ kernels."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def extension() -> ModuleType | None:
     """The compiled module ``sharpcore._C``, imported at the first call, or None where it cannot be.
 
     Raises:
-        InvalidInput: the environment variable SHARPCORE_CPU_ISA asks for an instruction set that does not exist, or
-            that this CPU lacks.
+        InvalidInput: the environment variable SHARPCORE_CPU_ISA asks for an instruction set that does not
+            exist, or that this CPU lacks.
     """
     global _extension, _import_error
     if _extension is None and _import_error is None:
@@ -44,8 +44,9 @@ def extension() -> ModuleType | None:
 def why_missing() -> str:
     """A sentence that says why :func:`extension` is None and how to get it."""
     return (
-        f"the cpu backend needs the compiled module sharpcore._C, which cannot be imported ({_import_error}); "
-        "install a C++17 compiler and then sharpcore again, with SHARPCORE_REQUIRE_EXTENSION=1 to see why a build fails"
+        "the cpu backend needs the compiled module sharpcore._C, which cannot be imported "
+        f"({_import_error}); install a C++17 compiler and then sharpcore again, with "
+        "SHARPCORE_REQUIRE_EXTENSION=1 to see why a build fails"
     )
 
 
@@ -59,7 +60,7 @@ def group_norm_silu_tangent(
     groups: int,
     silu: bool,
 ) -> Tensor:
-    """As :func:`sharpcore.backends.reference.group_norm_silu_tangent`; the result has the tangent's memory layout."""
+    """As its namesake in sharpcore.backends.reference; the result is laid out as the tangent."""
     return _group_norm_silu("group_norm_silu_tangent", tangent, x, mean, rstd, weight, bias, groups, silu)
 
 
@@ -73,7 +74,7 @@ def group_norm_silu_adjoint(
     groups: int,
     silu: bool,
 ) -> Tensor:
-    """As :func:`sharpcore.backends.reference.group_norm_silu_adjoint`; the result has the cotangent's memory layout."""
+    """As its namesake in sharpcore.backends.reference; the result is laid out as the cotangent."""
     return _group_norm_silu("group_norm_silu_adjoint", cotangent, x, mean, rstd, weight, bias, groups, silu)
 
 
@@ -139,7 +140,7 @@ def _group_norm_silu(
 
 
 def _computable(tensors: list[Tensor]) -> bool:
-    """Whether the C++ kernels take these tensors: one supported dtype, CPU memory, nothing for autograd to record."""
+    """Whether the C++ kernels take these: one supported dtype, CPU memory, nothing for autograd to record."""
     dtype = tensors[0].dtype
     return (
         dtype in DTYPES
@@ -159,7 +160,9 @@ def _check_group_norm(
 ) -> None:
     """Refuse shapes with which the kernel would read or write outside its tensors."""
     if x.ndim < 2 or vectors.shape[1:] != x.shape:
-        raise InvalidInput(f"tangent: expected shape [K, *x.shape] = [K, *{list(x.shape)}], got {list(vectors.shape)}")
+        raise InvalidInput(
+            f"tangent: expected shape [K, *x.shape] = [K, *{list(x.shape)}], got {list(vectors.shape)}"
+        )
     batch, channels = x.shape[:2]
     if groups < 1 or channels % groups:
         raise InvalidInput(f"groups: expected a divisor of the {channels} channels, got {groups}")

@@ -21,7 +21,9 @@ def attention_forward(
     scores. Returns out [..., L, Ev] and lse [..., L]; a row whose scores are all -inf gives zeros and lse = -inf.
     """
     if q.device.type == "cpu" and q.dim() == 4 and _flash_fits(q, k, v, mask):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, False, attn_mask=mask, scale=scale)
+        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+            q, k, v, 0.0, False, attn_mask=mask, scale=scale
+        )
         if mask is None or not bool(torch.isneginf(mask).any()):
             return out, lse
         lse = _row_logsumexp(q, k, mask, scale)
@@ -143,7 +145,9 @@ def attention_tangent(
                 else:
                     ds = torch.bmm(left.flatten(0, 1), right).view(g, count, size, keys)
                 weighted = ds.mul_(p.unsqueeze(1))
-            product = torch.bmm(weighted.reshape(g, count * size, keys), v_ones).view(g, count, size, width + 1)
+            product = torch.bmm(weighted.reshape(g, count * size, keys), v_ones).view(
+                g, count, size, width + 1
+            )
             block = product[..., :width] - product[..., width:] * out[:, None, rows]
         if dv_columns is not None:
             moved = torch.bmm(p, dv_columns).view(g, size, count, width).transpose(1, 2)

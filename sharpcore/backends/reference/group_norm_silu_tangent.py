@@ -1,4 +1,4 @@
-"""Derivative of GroupNorm, optionally followed by SiLU, for K tangents or cotangents at once, in plain PyTorch."""
+"""Derivative of GroupNorm, optionally followed by SiLU, for K tangents or cotangents, in plain PyTorch."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def group_norm_silu_tangent(
 ) -> Tensor:
     """Push K tangents through y = act(weight * xhat + bias), xhat = (x - mean) * rstd.
 
-    ``y' = act'(u) * weight * rstd * (x' - mean_g(x') - xhat * mean_g(xhat * x'))`` with u = weight * xhat + bias,
-    act' = SiLU'(u) or 1, and mean_g the mean over the channels of a group and all positions: the derivative of
-    GroupNorm (Wu and He, 2018, equation 1), followed by that of SiLU.
+    ``y' = act'(u) * weight * rstd * (x' - mean_g(x') - xhat * mean_g(xhat * x'))`` with
+    u = weight * xhat + bias, act' = SiLU'(u) or 1, and mean_g the mean over the channels of a group and all
+    positions: the derivative of GroupNorm (Wu and He, 2018, equation 1), followed by that of SiLU.
 
     Args:
         tangent: [K, B, C, *spatial], any number of spatial dimensions, any floating dtype.
@@ -36,7 +36,11 @@ def group_norm_silu_tangent(
         [K, B, C, *spatial], dtype of ``tangent``; 16-bit inputs are computed in float32.
     """
     scale, xhat = _scale_and_xhat(x, mean, rstd, weight, bias, groups, silu)
-    return (scale * _project(_split_groups(tangent, 2, groups).to(xhat.dtype), xhat)).reshape(tangent.shape).to(tangent.dtype)
+    return (
+        (scale * _project(_split_groups(tangent, 2, groups).to(xhat.dtype), xhat))
+        .reshape(tangent.shape)
+        .to(tangent.dtype)
+    )
 
 
 def group_norm_silu_adjoint(
@@ -49,10 +53,10 @@ def group_norm_silu_adjoint(
     groups: int,
     silu: bool,
 ) -> Tensor:
-    """Pull K cotangents back through GroupNorm, optionally followed by SiLU: the transpose of the tangent map.
+    """Pull K cotangents back through GroupNorm and, optionally, SiLU: the transpose of the tangent map.
 
-    ``h = weight * act'(u) * g`` and ``xbar = rstd * (h - mean_g(h) - xhat * mean_g(xhat * h))``; names, shapes and
-    dtypes as in :func:`group_norm_silu_tangent`, with ``cotangent`` g of shape [K, B, C, *spatial].
+    ``h = weight * act'(u) * g`` and ``xbar = rstd * (h - mean_g(h) - xhat * mean_g(xhat * h))``;
+    ``cotangent`` g is [K, B, C, *spatial], the rest as in :func:`group_norm_silu_tangent`.
 
     Returns:
         [K, B, C, *spatial], dtype of ``cotangent``.

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.explain import explain
 from sharpcore.program import Program
 from sharpcore.rules import LinearMap, load_rules
 from sharpcore.trace import trace
@@ -57,7 +56,12 @@ class Linearization:
     """
 
     def __init__(self, f: Callable[..., Tensor], x: Tensor, bound: Sequence[Tensor], backend: str) -> None:
+        if not callable(f):
+            raise InvalidInput(f"f: expected a callable of one tensor; got {type(f).__name__}")
         _check_point(x, None)
+        for i, tensor in enumerate(bound):
+            if not isinstance(tensor, Tensor):
+                raise InvalidInput(f"bound[{i}]: expected a tensor; got {type(tensor).__name__}")
         self.backend = get_backend(backend, device=x.device, dtype=x.dtype)
         self._f = f
         self._trace(x, bound)
@@ -65,16 +69,23 @@ class Linearization:
     def _trace(self, x: Tensor, bound: Sequence[Tensor]) -> None:
         self.program: Program
         self._maps: list[LinearMap | None]
+        self._ready = False
         with _plain_precision(x):
             self.program, self._maps, self.value = trace(self._f, x, bound, self.backend)
         self._set_point(x, bound)
-        self._versions = _constant_versions(self.program, self._maps)
+        self._versions = _constant_versions(self.program)
+        self._arrive()
+
+    def _arrive(self) -> None:
+        """Allow products at the new point, if the value there is one."""
         if not bool(torch.isfinite(self.value).all()):
-            self._name_non_finite(x, bound)
+            self._name_non_finite()
+        self._ready = True
 
     def _set_point(self, x: Tensor, bound: Sequence[Tensor]) -> None:
-        self.x = x.detach().clone()
-        self._bound = tuple(t.detach().clone() for t in bound)
+        with torch.inference_mode(False):
+            self.x = x.detach().clone()
+            self._bound = tuple(t.detach().clone() for t in bound)
 
     @property
     def nbytes(self) -> int:
@@ -98,13 +109,13 @@ class Linearization:
         Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite tangents.
         """
         self._check_tangents("tangents", tangents, self.x)
-        self._check_constants()
+        self._check_ready()
         if self.program.tangent_output is None:
             return self.value.new_zeros(tangents.shape[0], *self.value.shape)
         tangents = tangents.detach()
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
             out = self.program.push(self._maps, self.backend, tangents)
-            return _fresh(out, tangents)
+            return _finished("jvp", out, tangents)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """The transposed Jacobian times K cotangents.
@@ -113,7 +124,7 @@ class Linearization:
         Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite cotangents.
         """
         self._check_tangents("cotangents", cotangents, self.value)
-        self._check_constants()
+        self._check_ready()
         pulled = None
         cotangents = cotangents.detach()
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(cotangents):
@@ -121,40 +132,46 @@ class Linearization:
                 pulled = self.program.pull(self._maps, self.backend, cotangents)
             if pulled is None:
                 return self.x.new_zeros(cotangents.shape[0], *self.x.shape)
-            return _fresh(pulled, cotangents)
+            return _finished("vjp", pulled, cotangents)
 
     def relinearize(self, x: Tensor, *bound: Tensor) -> Linearization:
         """Move this linearization to another point of the same shape, for the price of a forward pass; returns itself.
 
         x has the shape, dtype and device of the first point; `bound` as in `linearize`, or nothing to keep the tensors in use. The
         recorded operations are replayed, f is not called again, except where its control flow read tensor values.
-        Raises as `linearize`. After an error the linearization is at no point and must be made anew.
+        Raises as `linearize`. After an error inside the replay there is no point to multiply at until a relinearize succeeds.
         """
         _check_point(x, self.x)
         bound = bound or self._bound
         self._check_bound(bound)
         self._check_constants()
+        self._ready = False
         if not self.program.replayable:
             self._trace(x, bound)
             return self
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
-            point = x.detach().clone()
-            value = self.program.replay([point, *bound], self._maps, load_rules(), self.backend)
+            # The recorded operations were chosen for the memory layout of the first point.
+            inputs = [
+                torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=old.device).copy_(new.detach())
+                for old, new in zip((self.x, *self._bound), (x, *bound), strict=True)
+            ]
+            value = self.program.replay(inputs, self._maps, load_rules(), self.backend)
             if value is not None:
                 self.value = value.clone()
-        self._set_point(x, bound)
-        if not bool(torch.isfinite(self.value).all()):
-            self._name_non_finite(x, bound)
+        self.x, self._bound = inputs[0], tuple(inputs[1:])
+        self._arrive()
         return self
 
     def explain(self) -> str:
         """A table of the instructions: operation, module, output shape, bytes kept, FLOPs per tangent."""
-        return explain(self.program, self._maps)
+        return self.program.explain(self._maps)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:
         if len(bound) != len(self._bound):
             raise InvalidInput(f"bound: expected {len(self._bound)} tensors as in linearize; got {len(bound)}")
         for i, (new, old) in enumerate(zip(bound, self._bound, strict=True)):
+            if not isinstance(new, Tensor):
+                raise InvalidInput(f"bound[{i}]: expected a tensor; got {type(new).__name__}")
             if (new.shape, new.dtype, new.device) != (old.shape, old.dtype, old.device):
                 raise InvalidInput(
                     f"bound[{i}]: expected {tuple(old.shape)} {old.dtype} on {old.device} as in linearize; "
@@ -177,7 +194,13 @@ class Linearization:
         if not bool(torch.isfinite(tangents).all()):
             raise NonFiniteError(f"{name}: expected finite numbers; got NaN or infinity")
 
+    def _check_ready(self) -> None:
+        if not self._ready:
+            raise InvalidInput("the last relinearize failed, so there is no point to multiply at; relinearize first")
+        self._check_constants()
+
     def _check_constants(self) -> None:
+        """Products need the weights of the linearization; relinearize keeps constants that were computed from them."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InvalidInput(
@@ -185,10 +208,10 @@ class Linearization:
                     "linearize it again"
                 )
 
-    def _name_non_finite(self, x: Tensor, bound: Sequence[Tensor]) -> None:
+    def _name_non_finite(self) -> None:
         """Find the first operation whose result is not finite, and raise NonFiniteError naming it."""
-        values = dict(zip((self.program.x, *self.program.bound), (x, *bound), strict=True))
-        with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
+        values = dict(zip((self.program.x, *self.program.bound), (self.x, *self._bound), strict=True))
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(self.x):
             for node in self.program.nodes:
                 out = node.run(self.backend, node.fill(values))
                 outs = (out,) if isinstance(out, Tensor) else tuple(out)
@@ -205,6 +228,8 @@ class Linearization:
 def _check_point(x: Tensor, like: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise InvalidInput(f"x: expected a tensor; got {type(x).__name__}")
+    if x.device.type == "meta":
+        raise InvalidInput("x: expected a tensor with data; got one on the meta device")
     if not x.is_floating_point():
         raise InvalidInput(f"x: expected a floating-point tensor; got {x.dtype}")
     if x.numel() == 0:
@@ -223,13 +248,18 @@ def _plain_precision(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _fresh(out: Tensor, given: Tensor) -> Tensor:
-    """A result whose memory is its own: not the caller's tangents, not a broadcast view."""
+def _finished(name: str, out: Tensor, given: Tensor) -> Tensor:
+    """A checked result whose memory is its own: not the caller's vectors, not a broadcast view."""
+    if not bool(torch.isfinite(out).all()):
+        raise NonFiniteError(
+            f"{name}: the product is not finite although the vectors and f(x) are: "
+            "a derivative is infinite at this point, or the product overflows"
+        )
     shared = out.untyped_storage()._cdata == given.untyped_storage()._cdata
     return out.clone() if shared or not out.is_contiguous() else out
 
 
-def _constant_versions(program: Program, maps: Sequence[LinearMap | None]) -> list[tuple[Tensor, int]]:
+def _constant_versions(program: Program) -> list[tuple[Tensor, int]]:
     """The parameters and other constants that the program refers to, with their in-place version now."""
     found: dict[int, Tensor] = {}
     for node in program.nodes:

@@ -1,0 +1,214 @@
+"""Tests of the evaluation: the recorded AUCs, scikit-learn's curve, ties, intervals, pictures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sharpcore.errors import InvalidInput
+from sharpcore.report import evaluate, evaluate_table
+from sharpcore.report.figures import plot_histograms, plot_roc
+from sharpcore.table import ScoreTable
+
+REFERENCE = json.loads(
+    (Path(__file__).parent / "data" / "tiny-sd-eps" / "reference_scores.json").read_text(encoding="utf-8")
+)
+
+
+def recorded(step, metric, seeds):
+    """The recorded scores, means over the first seeds: memorized, others."""
+    return [
+        [np.mean(row[step][metric][:seeds]) for row in REFERENCE["prompts"] if row["memorized"] is side]
+        for side in (True, False)
+    ]
+
+
+@pytest.mark.parametrize("name", REFERENCE["table"])
+def test_recorded_values_are_reproduced(name):
+    step, metric, seeds = name.split()
+    result = evaluate(*recorded(step, metric, int(seeds.removeprefix("n="))), bootstrap=20)
+    expected = REFERENCE["table"][name]
+    assert abs(result.auc - expected["auc"]) <= 1e-12  # measured 0
+    assert abs(result.operating_points[0].tpr - expected["tpr1"]) <= 1e-12
+    assert (result.n_positive, result.n_negative) == (60, 120)
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("sizes", [(1, 1), (3, 7), (40, 100), (57, 301)])
+def test_agrees_with_scikit_learn(sizes, ties):
+    metrics = pytest.importorskip("sklearn.metrics")
+    generator = np.random.default_rng(sizes[0])
+    positive, negative = generator.normal(1, 1, sizes[0]), generator.normal(0, 1, sizes[1])
+    if ties:
+        positive, negative = positive.round(), negative.round()
+    labels, scores = np.repeat([1, 0], sizes), np.concatenate([positive, negative])
+    fpr, tpr, _ = metrics.roc_curve(labels, scores, drop_intermediate=False)
+    targets = (0.0, 0.01, 0.03, 0.29, 0.5)
+    result = evaluate(positive, negative, bootstrap=5, target_fprs=targets)
+    assert abs(result.auc - metrics.roc_auc_score(labels, scores)) <= 1e-12
+    curve = result.curve()
+    np.testing.assert_allclose(curve[0], fpr, atol=1e-15)
+    np.testing.assert_allclose(curve[1], tpr, atol=1e-15)
+    for point in result.operating_points:
+        assert point.fpr == np.mean(negative > point.threshold) <= point.target_fpr
+        assert point.tpr == np.mean(positive > point.threshold)
+        assert abs(point.tpr - tpr[fpr <= point.target_fpr].max()) <= 1e-15
+
+
+def test_a_tie_at_the_threshold_does_not_raise_the_false_positive_rate():
+    # One of 100 may be flagged, but two share the highest score: none is.
+    negative = [5.0, 5.0, *np.linspace(0, 1, 98)]
+    point = evaluate([5.0, 5.5, 6.0], negative, bootstrap=5).operating_points[0]
+    assert (point.fpr, point.threshold) == (0.0, 5.0)
+    assert point.tpr == 2 / 3
+
+
+@pytest.mark.parametrize(("count", "target", "flagged"), [(100, 0.29, 29), (300, 0.01, 3), (99, 0.01, 0)])
+def test_false_positive_rate_reaches_its_target_in_spite_of_rounding(count, target, flagged):
+    (point,) = evaluate([0.5], range(count), bootstrap=1, target_fprs=(target,)).operating_points
+    assert round(point.fpr * count) == flagged
+
+
+def test_intervals_are_deterministic_and_leave_the_global_generator_alone():
+    groups = recorded("step0", "wen", 4)
+    state = np.random.get_state()[1].copy()  # noqa: NPY002 - the global state is what is tested
+    first, second, other = (evaluate(*groups, bootstrap=200, seed=seed) for seed in (3, 3, 4))
+    assert first == second
+    assert first.auc_interval != other.auc_interval
+    assert (np.random.get_state()[1] == state).all()  # noqa: NPY002
+
+
+def test_intervals_contain_the_value_and_shrink_with_the_square_root_of_the_size():
+    groups = recorded("step0", "wen", 4)
+    once, often = evaluate(*groups), evaluate(groups[0] * 16, groups[1] * 16)
+    assert once.auc == often.auc
+    for low, high, value in [
+        (*once.auc_interval, once.auc),
+        *((*p.interval, p.tpr) for p in once.operating_points),
+    ]:
+        assert low <= value <= high
+    ratio = np.diff(once.auc_interval) / np.diff(often.auc_interval)
+    assert 3.6 < ratio < 4.4  # 4 expected; measured 3.95
+
+
+def test_bootstrap_standard_error_agrees_with_the_closed_form():
+    # Variance of the AUC from its placement values (DeLong, DeLong and Clarke-Pearson, 1988).
+    positive, negative = map(np.asarray, recorded("step0", "hvp", 4))
+    wins = (positive[:, None] > negative[None]).astype(float)
+    variance = wins.mean(1).var(ddof=1) / len(positive) + wins.mean(0).var(ddof=1) / len(negative)
+    low, high = evaluate(positive, negative, bootstrap=4000).auc_interval
+    assert (high - low) / (2 * 1.96 * variance**0.5) == pytest.approx(1, abs=0.06)  # measured 0.99
+
+
+@pytest.mark.parametrize(
+    ("positive", "negative", "message"),
+    [
+        ([], [1.0], "scores_positive: expected a non-empty"),
+        ([1.0], [], "scores_negative: expected a non-empty"),
+        ([1.0, float("nan")], [1.0], "got nan at index 1"),
+        ([1.0], [float("inf")], "got inf at index 0"),
+        ([None], [1.0], "expected"),
+        (["a"], [1.0], "expected a list of numbers"),
+        ([[1.0]], [1.0], r"shape \(1, 1\)"),
+    ],
+)
+def test_bad_scores(positive, negative, message):
+    with pytest.raises(InvalidInput, match=message):
+        evaluate(positive, negative)
+
+
+def test_bad_options():
+    with pytest.raises(InvalidInput, match="bootstrap"):
+        evaluate([1.0], [0.0], bootstrap=0)
+    with pytest.raises(InvalidInput, match="target_fprs"):
+        evaluate([1.0], [0.0], target_fprs=(1.0,))
+
+
+def make_table(labels=(True, False)):
+    rows = []
+    for row in REFERENCE["prompts"]:
+        for step in (0, 10):
+            scores = row[f"step{step}"]["wen"]
+            rows.append(
+                {
+                    "prompt": row["prompt"],
+                    "label": labels[0] if row["memorized"] else labels[1],
+                    "step": step,
+                    "timestep": 981.0 - 20 * step,
+                    "score_difference": float(np.mean(scores)),
+                    "score_difference_se": 0.0,
+                    "score_difference_seeds": scores,
+                    "error": None,
+                }
+            )
+    return ScoreTable(rows)
+
+
+@pytest.mark.parametrize("labels", [(True, False), (1, 0), ("1", "0"), (1.0, 0.0), ("Memorized", "other")])
+def test_table_with_a_label_column(labels):
+    results = evaluate_table(make_table(labels), "label", bootstrap=20)
+    assert [(result.metric, result.step) for result in results] == [
+        ("score_difference", 0),
+        ("score_difference", 10),
+    ]
+    for result in results:
+        assert abs(result.auc - REFERENCE["table"][f"step{result.step} wen n=4"]["auc"]) <= 1e-12
+
+
+def test_named_positive_labels_and_two_tables():
+    table = make_table(("copied", "new"))
+    named = evaluate_table(table, "label", positive=["copied"], bootstrap=20)
+    halves = [ScoreTable([row for row in table if row["label"] == name]) for name in ("copied", "new")]
+    assert evaluate_table(halves[0], others=halves[1], bootstrap=20) == named
+    with pytest.raises(InvalidInput, match="got 'copied'"):
+        evaluate_table(table, "label")
+
+
+def test_rows_with_an_error_are_left_out_and_counted():
+    table = make_table()
+    table.rows[0].update(score_difference=None, score_difference_seeds=None, error="failed")
+    first, second = evaluate_table(table, "label", bootstrap=20)
+    assert (first.n_positive, first.n_errors, second.n_positive, second.n_errors) == (59, 1, 60, 0)
+
+
+def test_tables_that_cannot_be_evaluated():
+    with pytest.raises(InvalidInput, match="expected one of prompt, label"):
+        evaluate_table(make_table(), "kind")
+    with pytest.raises(InvalidInput, match="no other prompt"):
+        evaluate_table(make_table((True, True)), "label")
+    with pytest.raises(InvalidInput, match="has no scores"):
+        evaluate_table(ScoreTable([{"prompt": "a", "label": 1}]), "label")
+    with pytest.raises(InvalidInput, match="either label_column or a second table"):
+        evaluate_table(make_table())
+
+
+def test_dictionaries_hold_everything_but_the_scores():
+    (result, _) = evaluate_table(make_table(), "label", bootstrap=20)
+    nested = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert nested["operating_points"][0]["target_fpr"] == 0.01
+    assert "positive" not in nested
+    row = result.to_row()
+    assert row["tpr_at_1pct"] == result.operating_points[0].tpr
+    assert row["auc_low"] <= row["auc"] <= row["auc_high"]
+    assert all(not isinstance(value, tuple | list) for value in row.values())
+
+
+def test_pictures(tmp_path):
+    results = evaluate_table(make_table(), "label", bootstrap=20)
+    roc = plot_roc(results, path=tmp_path / "roc.png")
+    histogram = plot_histograms(results, path=tmp_path / "histogram.png")
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in ("roc.png", "histogram.png"))
+    assert [axes.get_title() for axes in roc.axes] == ["step 0", "step 10"]
+    curve = roc.axes[0].get_lines()[1].get_xydata()
+    assert np.trapezoid(curve[:, 1], curve[:, 0]) == pytest.approx(results[0].auc, abs=1e-12)
+    legend = [text.get_text() for text in histogram.axes[0].get_legend().get_texts()]
+    assert legend[:2] == ["memorized (60)", "other (120)"]
+    with pytest.raises(InvalidInput, match="nothing to plot"):
+        plot_roc([])
+
+
+def test_picture_of_equal_scores():
+    plot_histograms([evaluate([0.0, 0.0], [0.0], bootstrap=2)])
