@@ -35,9 +35,9 @@ class CMakeBuild(build_ext):
             cmake_failed = isinstance(error, subprocess.CalledProcessError)
             reason = "see CMake's output above" if cmake_failed else error
             self.warn(
-                f"sharpcore._C was not built ({reason}): sharpcore will run on its PyTorch reference "
-                "backend, without the C++ one. Install a C++17 compiler and try again; SHARPCORE_REQUIRE_EXTENSION=1 "
-                "makes this an error, SHARPCORE_NO_EXTENSION=1 skips the build."
+                f"sharpcore._C was not built ({reason}): sharpcore will use its PyTorch reference kernels. "
+                "Install a C++17 compiler and try again; SHARPCORE_REQUIRE_EXTENSION=1 makes this an error, "
+                "SHARPCORE_NO_EXTENSION=1 skips the build."
             )
 
     def _run_cmake(self, output: Path) -> None:

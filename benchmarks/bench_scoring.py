@@ -80,7 +80,8 @@ def test_scoring(table: Any, benchmark: Any, name: str, size: int) -> None:
     summary = {
         "sample-forwards per seed, first prompt": one,
         "sample-forwards per seed, each further prompt": further,
-        "authors' procedure over ours, each further prompt": ratios["authors' procedure, per prompt and seed"] / further,
+        "authors' procedure over ours, each further prompt": ratios["authors' procedure, per prompt and seed"]
+        / further,
     }
     print("".join(f"\n{what}: {number:.2f}" for what, number in summary.items()))
     benchmark.extra_info.update(summary)

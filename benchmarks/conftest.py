@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @dataclass
 class Row:
-    """One measured thing: seconds of each turn and of the unit just before it, units of work a turn, error."""
+    """One measured thing: seconds of each turn and of the unit just before it, work a turn, error."""
 
     what: str
     per: int = 1
@@ -52,7 +52,7 @@ class Row:
     units: list[float] = field(default_factory=list)
 
     def ratio(self) -> float | None:
-        """Median of the turns' ratios to the unit; neighbours in time, so a load that comes and goes cancels."""
+        """Median over the turns of the ratio to the unit; both ran side by side, so passing load cancels."""
         if not self.units:
             return None
         pairs = zip(self.seconds, self.units, strict=True)
@@ -180,7 +180,8 @@ def _cpuinfo() -> list[str]:
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """A table named after the test; printed at its end and saved when asked for."""
-    result = Table(request.node.name.removeprefix("test_"), request.config.getoption("--turns"))
+    name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
+    result = Table(name, request.config.getoption("--turns"))
     yield result
     if not any(row.seconds for row in result.rows):
         return

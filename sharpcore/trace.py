@@ -190,9 +190,12 @@ class Tracer:
             if isinstance(arg, Tensor) and self.value_of(arg) is not None:
                 raise UnsupportedOperation(f"{op} takes a tensor that depends on x as {name}= {self.where()}")
         if not values:
-            if mutates:
-                self._protect([t for _, t in _leaves((*args, *kwargs.values()))])
-            return run(*args, **kwargs)
+            if not mutates:
+                return run(*args, **kwargs)
+            self._protect([t for _, t in _leaves((*args, *kwargs.values()))])
+            out = run(*args, **kwargs)
+            self._record_constant_writes(op, args, kwargs)
+            return out
         if op in SHAPE_ONLY:
             return run(*args, **kwargs)
         tags = getattr(op, "tags", ())
@@ -321,6 +324,20 @@ class Tracer:
         storage.writes.append((value, target.size(), target.stride(), target.storage_offset()))  # type: ignore[arg-type]
         self._bind(target, value)  # type: ignore[arg-type]
         return target
+
+    def _record_constant_writes(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A constant was written into a storage that also holds recorded values: their readers must see it."""
+        for i, argument in enumerate(op._schema.arguments):
+            if argument.alias_info is None or not argument.alias_info.is_write:
+                continue
+            target = args[i] if i < len(args) else kwargs.get(argument.name)
+            for _, tensor in _leaves([target]):
+                written = self._written.get(_storage_key(tensor)) if tensor.layout is torch.strided else None
+                if written is not None:
+                    kept = tensor.clone()
+                    (value,) = self._append_call(aten.clone.default, (kept,), {}, kept, {}, bind=False)
+                    written.writes.append((value, tensor.size(), tensor.stride(), tensor.storage_offset()))  # type: ignore[arg-type]
+                    self._bind(tensor, value)  # type: ignore[arg-type]
 
     def _protect(self, targets: list[Tensor]) -> None:
         """Before a storage is overwritten, give nodes and maps that refer to it a copy of what it holds."""

@@ -31,10 +31,9 @@ def test_function_is_exact_or_refused(name: str, backend: str) -> None:
     case = function.build(torch.float64)
     try:
         linearization = sharpcore.linearize(case.f, case.x, backend=backend)
-    except sharpcore.UnsupportedOperation as refusal:
-        if not function.refusal:
+    except sharpcore.UnsupportedOperation as error:
+        if not (function.refusal and re.search(function.refusal, str(error))):
             raise
-        assert re.search(function.refusal, str(refusal)), str(refusal)
         return
     generator = torch.Generator().manual_seed(12)
     tangents = torch.randn((4, *case.x.shape), generator=generator, dtype=torch.float64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from typing import Any
 
@@ -293,13 +294,14 @@ def test_low_precision(net: Small, x: Tensor, tangents: Tensor, dtype: torch.dty
     )
 
 
-def test_training_mode_dropout_is_one_fixed_mask_or_refused(x: Tensor, tangents: Tensor) -> None:
+def test_training_mode_dropout_is_one_fixed_mask_or_refused(x: Tensor) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         try:
             linearization = linearize(lambda x: F.dropout(x, 0.5, training=True), x)
         except SharpcoreError as error:
-            assert "dropout" in str(error) or "bernoulli" in str(error)
+            if not re.search("dropout|bernoulli", str(error)):
+                raise
             return
     assert torch.equal(linearization.jvp(x[None])[0], linearization.value)
 

@@ -50,14 +50,13 @@ def linearize(reference: Reference, case: Case, backend: str = "auto") -> sharpc
     """The linearization, or a skip where the table allows a refusal and the refusal names the operation."""
     try:
         return sharpcore.linearize(case.f, case.x, backend=backend)
-    except sharpcore.UnsupportedOperation as refusal:
-        if reference.network.expectation == EXACT:
+    except sharpcore.UnsupportedOperation as error:
+        if reference.network.expectation == EXACT or "aten" not in str(error):
             raise
-        assert "aten" in str(refusal) and "." in str(refusal)
-        pytest.skip(f"refused: {refusal}")
+        pytest.skip(f"refused: {error}")
 
 
-# Measured over all networks: jvp at most 1.4e-15, vjp 1.3e-15 for those with tolerance 1e-10.
+# Measured over all networks with tolerance 1e-10: jvp at most 3.5e-15, vjp 3.5e-15.
 @pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_products_are_exact(reference: Reference, backend: str) -> None:
     case, tolerance = reference.case, reference.network.tolerance
@@ -85,6 +84,7 @@ def test_products_are_exact(reference: Reference, backend: str) -> None:
     assert relative_error(linearization.jvp(reference.tangents[:3]), reference.products[:3]) <= tolerance
 
 
+# Measured: at most 1.3 times autograd's error for products, 1.35 times for transposed ones.
 def test_float32_error_is_that_of_autograd(reference: Reference) -> None:
     case = reference.network.build(torch.float32)
     linearization = linearize(reference, case)
