@@ -1,4 +1,5 @@
-# make demo: scores the shipped prompts. make test: the tests. make lint: formatters, linters, types.
+# make demo: scores some of the shipped prompts, then says how well scores of all of them separate memorized ones.
+# make test: the tests. make lint: linters, formatters, types. make format: applies the formatters.
 # Each creates .venv and installs what it needs, if that is not done yet.
 
 PYTHON ?= python3
@@ -12,7 +13,7 @@ CPP_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h')
 
 MODEL := sharpcore/models/tiny-sd-eps
 DEMO_OUTPUT := demo-output
-SCORE_OPTIONS := --overwrite
+SCORE_OPTIONS := --limit 10 --overwrite
 EVALUATE_OPTIONS := --overwrite
 
 .PHONY: demo test lint format clean

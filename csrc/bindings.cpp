@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <cstdint>
 #include <utility>
 
+#include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
@@ -43,6 +45,55 @@ sharpcore::GroupNormSiluArguments group_norm_arguments(Address out, Address vect
             x_stride,
             channels_last,
             silu,
+            threads};
+}
+
+using OperandTuple = std::pair<Address, std::array<std::int64_t, 4>>;  // data; strides of count, batch, head, row
+
+sharpcore::AttentionOperand operand(const OperandTuple& tuple) {
+    const auto& [address, strides] = tuple;
+    return {reinterpret_cast<void*>(address), strides[0], strides[1], strides[2], strides[3]};
+}
+
+sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const OperandTuple& k, const OperandTuple& v,
+                                            const OperandTuple& out, Address lse, std::array<std::int64_t, 3> lse_strides,
+                                            Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
+                                            bool float64, std::array<std::int64_t, 6> sizes) {
+    const auto [batch, heads, rows, keys, width, value_width] = sizes;
+    return {operand(q),
+            operand(k),
+            operand(v),
+            operand(out),
+            reinterpret_cast<void*>(lse),
+            lse_strides[0],
+            lse_strides[1],
+            lse_strides[2],
+            reinterpret_cast<void*>(mask),
+            mask_strides[0],
+            mask_strides[1],
+            mask_strides[2],
+            mask_strides[3],
+            scale,
+            float64,
+            batch,
+            heads,
+            rows,
+            keys,
+            width,
+            value_width};
+}
+
+sharpcore::AttentionTangentArguments attention_tangent_arguments(
+    OperandTuple q, OperandTuple k, OperandTuple v, OperandTuple out, Address lse,
+    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
+    bool float64, std::array<std::int64_t, 6> sizes, OperandTuple result, OperandTuple dq, OperandTuple dk,
+    OperandTuple dv, std::int64_t count, int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes),
+            operand(result),
+            operand(dq),
+            operand(dk),
+            operand(dv),
+            count,
             threads};
 }
 
@@ -87,4 +138,12 @@ PYBIND11_MODULE(_C, module) {
     define_group_norm("group_norm_silu_adjoint", [](const sharpcore::GroupNormSiluArguments& arguments) {
         SHARPCORE_CALL_KERNEL(group_norm_silu_adjoint, arguments);
     });
+    define_kernel(
+        module, "attention_tangent",
+        static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
+            [](const sharpcore::AttentionTangentArguments& arguments) {
+                SHARPCORE_CALL_KERNEL(attention_tangent, arguments);
+            }),
+        attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides", "scale",
+        "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
 }

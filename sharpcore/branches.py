@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,8 +10,13 @@ import torch
 from torch import Tensor
 
 from sharpcore.conditioning import Conditioning
+from sharpcore.detect import Evidence
+from sharpcore.errors import InvalidInput
 from sharpcore.linearization import Linearization, linearize
-from sharpcore.score import score_from_prediction
+from sharpcore.score import noise_level, prediction_type_of, score_from_prediction
+
+#: A Jacobian, or a difference of two, times one vector for each sample: [B, ...] to [B, ...].
+Product = Callable[[Tensor], Tensor]
 
 
 class Branch:
@@ -57,6 +63,44 @@ def prediction_factor(x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: 
     """
     one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
     return score_from_prediction(one, torch.zeros_like(one), alpha, sigma, prediction_type, units)
+
+
+def pair_product(lin: Linearization) -> Product:
+    """The product of (J with prompt) - (J without) for a linearization of both branches in one batch, those without first."""
+
+    def product(vectors: Tensor) -> Tensor:
+        without, with_prompt = lin.jvp(torch.cat([vectors, vectors]).unsqueeze(0)).squeeze(0).chunk(2)
+        return with_prompt - without
+
+    return product
+
+
+def no_product(vectors: Tensor) -> Tensor:
+    """In the place of a product where no metric declares that it needs one."""
+    raise InvalidInput("this metric uses the Hessian's product but does not declare needs_product")
+
+
+def make_evidence(difference: Tensor, product: Product, timestep: Tensor, scheduler: Any, units: str) -> Evidence:
+    """Evidence from a difference of predictions [B, ...] and the product with the difference of their Jacobians."""
+    alpha, sigma = noise_level(scheduler, timestep)
+    factor = prediction_factor(difference, alpha, sigma, prediction_type_of(scheduler), units)
+    return Evidence(difference * factor, lambda vectors: product(vectors) * factor)
+
+
+def scale_model_input(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
+    """The latent as the network sees it."""
+    scale = getattr(scheduler, "scale_model_input", None)
+    return latents if scale is None else scale(latents, t)
+
+
+def advance(
+    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]
+) -> Tensor:
+    """One step of the scheduler as the pipelines take it: eta 0, and a generator for each sample where noise is drawn."""
+    accepted = inspect.signature(scheduler.step).parameters
+    extra = {"generator": generators, "eta": 0.0}
+    extra = {name: value for name, value in extra.items() if name in accepted}
+    return scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
 
 
 def _tensors(conditioning: Conditioning) -> Iterator[Tensor]:

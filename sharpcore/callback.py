@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from sharpcore import conditioning as text
-from sharpcore.branches import Branch
-from sharpcore.detect import make_metrics
-from sharpcore.errors import InvalidInput
-from sharpcore.pipeline import make_evidence, pair_product, scale_model_input
+from sharpcore.backends import get_backend
+from sharpcore.branches import Branch, make_evidence, no_product, pair_product, predict, scale_model_input
+from sharpcore.detect import compute_metrics, make_metrics
+from sharpcore.errors import InvalidInput, UnsupportedModel
 from sharpcore.score import UNITS
 from sharpcore.table import ScoreTable
 
@@ -38,8 +38,9 @@ class SharpnessCallback:
         Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is above it: the
         pipeline then ends at this step, with the latents as they are. `stopped_at` tells the step.
 
-    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own work.
-    Raises InvalidInput for bad arguments, UnsupportedModel for a pipeline whose scores are not defined.
+    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own work (without a
+    metric that multiplies with the Hessian, one forward pass of the pair). Raises InvalidInput for bad arguments, UnsupportedModel
+    for a pipeline whose scores are not defined; when called, also NonFiniteError where a score is NaN or infinite.
     """
 
     def __init__(
@@ -56,13 +57,24 @@ class SharpnessCallback:
         backend: str = "auto",
     ) -> None:
         text.check_pipeline(pipe)
-        steps = [steps] if isinstance(steps, int) else list(steps)
-        if not steps or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in steps):
-            raise InvalidInput(f"steps: expected non-negative indices; got {steps}")
+        given = [steps] if isinstance(steps, int) else steps
+        if (
+            not isinstance(given, Sequence)
+            or not given
+            or not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in given)
+        ):
+            raise InvalidInput(f"steps: expected non-negative indices; got {steps!r}")
+        steps = list(given)
+        if latents is not None and not (isinstance(latents, Tensor) and latents.is_floating_point()):
+            found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
+            raise InvalidInput(f"latents: expected a tensor of a floating dtype; got {found}")
         if 0 in steps and latents is None:
             raise InvalidInput("steps: step 0 is over before the first callback; give the initial latents as latents=")
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
+        if threshold is not None and not (isinstance(threshold, (int, float)) and threshold == threshold):
+            raise InvalidInput(f"threshold: expected a number; got {threshold!r}")
+        get_backend(backend, device="cpu", dtype=torch.float32)
         self.pipe = pipe
         self.steps = frozenset(steps)
         self.units = units
@@ -73,9 +85,9 @@ class SharpnessCallback:
             raise InvalidInput(f"threshold_metric: expected one of metrics; got {threshold_metric!r}")
         self.stopped_at: int | None = None
         self.rows: list[dict[str, Any]] = []
+        self._backend = backend
         self._first = latents
-        self._branch = Branch(pipe.unet, backend)
-        self._unconditional: text.Conditioning | None = None
+        self._forget()
         #: What to pass as callback_on_step_end_tensor_inputs.
         self.tensor_inputs: list[str] = ["latents", "prompt_embeds"]
         if getattr(pipe.unet.config, "addition_embed_type", None) == "text_time":
@@ -88,10 +100,16 @@ class SharpnessCallback:
             raise InvalidInput(
                 "callback_on_step_end_tensor_inputs: expected callback.tensor_inputs; missing " + ", ".join(missing)
             )
+        if pipe is not self.pipe:
+            raise InvalidInput("pipe: expected the pipeline that this callback was made for; got another one")
+        if float(timestep) != float(pipe.scheduler.timesteps[step]):
+            raise UnsupportedModel(
+                f"pipeline {type(pipe).__name__}: it does not run its scheduler from the first timestep on (image to image), so "
+                "the steps of a callback are not those of the scheduler"
+            )
         if step == 0:
-            self.rows, self.stopped_at = [], None
-            if 0 in self.steps:
-                assert self._first is not None
+            self._start(tensors["latents"])
+            if self._first is not None and 0 in self.steps:
                 self._score(0, self._first * getattr(pipe.scheduler, "init_noise_sigma", 1.0), tensors)
         entering = step + 1
         if entering in self.steps and entering < len(pipe.scheduler.timesteps) and self.stopped_at is None:
@@ -104,6 +122,22 @@ class SharpnessCallback:
         """One row for each sample and scored step: `sample`, `step`, `timestep` and the metrics."""
         return ScoreTable(self.rows)
 
+    def _start(self, latents: Tensor) -> None:
+        """A new generation: its own rows, and nothing kept of the networks, which may have changed since the last one."""
+        self.rows, self.stopped_at = [], None
+        self._forget()
+        count = len(self.pipe.scheduler.timesteps)
+        if max(self.steps) >= count:
+            raise InvalidInput(f"steps: this generation has steps 0 to {count - 1}; got {max(self.steps)}")
+        if self._first is not None and self._first.shape != latents.shape:
+            raise InvalidInput(
+                f"latents: expected those given to the pipeline, {tuple(latents.shape)}; got {tuple(self._first.shape)}"
+            )
+
+    def _forget(self) -> None:
+        self._branch = Branch(self.pipe.unet, self._backend)
+        self._unconditional: text.Conditioning | None = None
+
     @torch.no_grad()
     def _score(self, step: int, latents: Tensor, tensors: dict[str, Any]) -> None:
         unet, scheduler = self.pipe.unet, self.pipe.scheduler
@@ -114,10 +148,16 @@ class SharpnessCallback:
         x = _scaled(scheduler, latents, t, step)
         timestep = t.to(place.device).expand(x.shape[0])
         both = text.concat_conditioning([unconditional, conditional])
-        lin = self._branch.at(torch.cat([x, x]), torch.cat([timestep, timestep]), both)
-        without, with_prompt = lin.value.chunk(2)
-        evidence = make_evidence(with_prompt - without, pair_product(lin), timestep, scheduler, self.units)
-        computed = {metric.name: metric.compute(evidence).tolist() for metric in self.metrics}
+        pair, times = torch.cat([x, x]), torch.cat([timestep, timestep])
+        if any(metric.needs_product for metric in self.metrics):
+            lin = self._branch.at(pair, times, both)
+            value, product = lin.value, pair_product(lin)
+        else:
+            value, product = predict(unet, pair, times, both), no_product
+        without, with_prompt = value.chunk(2)
+        evidence = make_evidence(with_prompt - without, product, timestep, scheduler, self.units)
+        names = [metric.name for metric in self.metrics]
+        computed = dict(zip(names, compute_metrics(self.metrics, evidence).tolist(), strict=True))
         for sample in range(x.shape[0]):
             row: dict[str, Any] = {"sample": sample, "step": step, "timestep": float(t)}
             row.update((name, values[sample]) for name, values in computed.items())

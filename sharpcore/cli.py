@@ -421,7 +421,8 @@ def _load(folder: Path, scoring: Scoring) -> Any:
         with _silence():
             pipe = DiffusionPipeline.from_pretrained(folder, safety_checker=None, local_files_only=True)
             if scoring.dtype == "float64":
-                # Exactness is asked of the curvature; prompts are encoded in the precision that the model was trained with.
+                # Exactness is asked of the curvature; prompts are encoded in the precision that the model was
+                # trained with.
                 pipe.to(device).unet.to(torch.float64)
                 return pipe
             return pipe.to(device, getattr(torch, scoring.dtype))

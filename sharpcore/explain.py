@@ -11,7 +11,8 @@ if TYPE_CHECKING:
 
 
 def explain(program: Program, maps: Sequence[LinearMap | None] | None) -> str:
-    """One line an instruction: operation, kind of linear map, output shape, bytes kept, FLOPs per tangent, module."""
+    """One line an instruction: operation, kind of linear map, output shape, bytes kept, FLOPs per tangent,
+    module."""
     rows = [("#", "operation", "linear map", "output", "kept MB", "MFLOP", "module")]
     seen: set[int] = set()
     total_bytes = total_flops = 0
@@ -40,10 +41,14 @@ def explain(program: Program, maps: Sequence[LinearMap | None] | None) -> str:
             )
         )
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
-    lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip() for row in rows]
+    lines = [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
     replay = "replayed" if program.replayable else "traced anew (control flow reads values)"
     lines.append(
-        f"{len(program.steps)} instructions of {len(program.nodes)} recorded operations; {total_bytes / 1e6:.1f} MB kept; "
+        f"{len(program.steps)} instructions of {len(program.nodes)} recorded operations; "
+        f"{total_bytes / 1e6:.1f} MB kept; "
         f"{total_flops / 1e9:.3f} GFLOP of products per tangent; at a new point the program is {replay}"
     )
     return "\n".join(lines)

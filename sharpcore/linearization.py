@@ -1,4 +1,5 @@
-"""linearize(f, x): run a network once, keep what its derivative needs, and apply the Jacobian to many tangents."""
+"""linearize(f, x): run a network once, keep what its derivative needs, and apply the Jacobian to many
+tangents."""
 
 from __future__ import annotations
 
@@ -21,12 +22,14 @@ def linearize(f: Callable[..., Tensor], x: Tensor, *bound: Tensor, backend: str 
     Parameters
     ----------
     f
-        Any callable that runs torch operations on x and returns one tensor: a network call with everything else bound, or a
-        `ScoreFunction`. It is called once, without gradients; nothing of it is changed.
+        Any callable that runs torch operations on x and returns one tensor: a network call with everything
+        else bound, or a `ScoreFunction`. It is called once, without gradients; nothing of it is changed.
     x
-        The point, any shape, a floating-point dtype on any device. For a batch of B samples the first axis is B.
+        The point, any shape, a floating-point dtype on any device. For a batch of B samples the first axis is
+        B.
     bound
-        Further tensors that f takes and that may differ when re-linearizing (timesteps, prompt embeddings); they carry no tangent.
+        Further tensors that f takes and that may differ when re-linearizing (timesteps, prompt embeddings);
+        they carry no tangent.
     backend
         "auto", "reference" or "cpu": who executes the linear program (see `sharpcore.backends`).
 
@@ -89,11 +92,13 @@ class Linearization:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are kept for the derivative, weights included where a map refers to them."""
+        """Bytes of the tensors that are kept for the derivative, weights included where a map refers to
+        them."""
         return self.residual_bytes()
 
     def residual_bytes(self, besides: Collection[int] = ()) -> int:
-        """Bytes kept for the derivative, each storage once, without those of the given storages (by `_cdata`)."""
+        """Bytes kept for the derivative, each storage once, without those of the given storages (by
+        `_cdata`)."""
         seen: dict[int, int] = {}
         for instruction in self._maps:
             if instruction is not None:
@@ -105,8 +110,9 @@ class Linearization:
     def jvp(self, tangents: Tensor) -> Tensor:
         """The Jacobian times K tangents.
 
-        `tangents` is [K, *x.shape] with x's dtype and device, K >= 1; returns [K, *value.shape]. Units: those of f.
-        Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite tangents.
+        `tangents` is [K, *x.shape] with x's dtype and device, K >= 1; returns [K, *value.shape]. Units: those
+        of f. Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite
+        tangents.
         """
         self._check_tangents("tangents", tangents, self.x)
         self._check_ready()
@@ -121,7 +127,8 @@ class Linearization:
         """The transposed Jacobian times K cotangents.
 
         `cotangents` is [K, *value.shape] with the value's dtype and device, K >= 1; returns [K, *x.shape].
-        Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite cotangents.
+        Raises InvalidInput for another shape, dtype or device, and NonFiniteError for NaN or infinite
+        cotangents.
         """
         self._check_tangents("cotangents", cotangents, self.value)
         self._check_ready()
@@ -135,11 +142,13 @@ class Linearization:
             return _finished("vjp", pulled, cotangents)
 
     def relinearize(self, x: Tensor, *bound: Tensor) -> Linearization:
-        """Move this linearization to another point of the same shape, for the price of a forward pass; returns itself.
+        """Move this linearization to another point of the same shape, for the price of a forward pass;
+        returns itself.
 
-        x has the shape, dtype and device of the first point; `bound` as in `linearize`, or nothing to keep the tensors in use. The
-        recorded operations are replayed, f is not called again, except where its control flow read tensor values.
-        Raises as `linearize`. After an error inside the replay there is no point to multiply at until a relinearize succeeds.
+        x has the shape, dtype and device of the first point; `bound` as in `linearize`, or nothing to keep
+        the tensors in use. The recorded operations are replayed, f is not called again, except where its
+        control flow read tensor values. Raises as `linearize`. After an error inside the replay there is no
+        point to multiply at until a relinearize succeeds.
         """
         _check_point(x, self.x)
         bound = bound or self._bound
@@ -152,7 +161,9 @@ class Linearization:
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
             # The recorded operations were chosen for the memory layout of the first point.
             inputs = [
-                torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=old.device).copy_(new.detach())
+                torch.empty_strided(old.size(), old.stride(), dtype=old.dtype, device=old.device).copy_(
+                    new.detach()
+                )
                 for old, new in zip((self.x, *self._bound), (x, *bound), strict=True)
             ]
             value = self.program.replay(inputs, self._maps, load_rules(), self.backend)
@@ -168,7 +179,9 @@ class Linearization:
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:
         if len(bound) != len(self._bound):
-            raise InvalidInput(f"bound: expected {len(self._bound)} tensors as in linearize; got {len(bound)}")
+            raise InvalidInput(
+                f"bound: expected {len(self._bound)} tensors as in linearize; got {len(bound)}"
+            )
         for i, (new, old) in enumerate(zip(bound, self._bound, strict=True)):
             if not isinstance(new, Tensor):
                 raise InvalidInput(f"bound[{i}]: expected a tensor; got {type(new).__name__}")
@@ -196,16 +209,19 @@ class Linearization:
 
     def _check_ready(self) -> None:
         if not self._ready:
-            raise InvalidInput("the last relinearize failed, so there is no point to multiply at; relinearize first")
+            raise InvalidInput(
+                "the last relinearize failed, so there is no point to multiply at; relinearize first"
+            )
         self._check_constants()
 
     def _check_constants(self) -> None:
-        """Products need the weights of the linearization; relinearize keeps constants that were computed from them."""
+        """Products need the weights of the linearization; relinearize keeps constants that were computed from
+        them."""
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InvalidInput(
-                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the network was linearized; "
-                    "linearize it again"
+                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the network "
+                    "was linearized; linearize it again"
                 )
 
     def _name_non_finite(self) -> None:
@@ -218,8 +234,8 @@ class Linearization:
                 if isinstance(outs[0], Tensor) and not bool(torch.isfinite(outs[0]).all()):
                     where = f"in module {node.module}" if node.module else "outside of any torch module"
                     raise NonFiniteError(
-                        f"f(x) is not finite: NaN or infinity appears first in the result of {node.name} ({where}); "
-                        "its inputs are finite, so its weights or their magnitude are to blame"
+                        f"f(x) is not finite: NaN or infinity appears first in the result of {node.name} "
+                        f"({where}); its inputs are finite, so its weights or their magnitude are to blame"
                     )
                 values.update((v, t) for v, t in zip(node.outputs, outs, strict=False) if v is not None)
         raise NonFiniteError("f(x) is not finite: the NaN or infinity does not depend on x")
@@ -268,4 +284,3 @@ def _constant_versions(program: Program) -> list[tuple[Tensor, int]]:
                 if isinstance(part, Tensor) and not part.is_inference():
                     found[id(part)] = part
     return [(tensor, tensor._version) for tensor in found.values()]
-

@@ -21,8 +21,12 @@ def available_bytes(device: torch.device) -> int | None:
     return None
 
 
+# How allocators that raise a plain RuntimeError say it: the CPU's (worded by platform), cuBLAS and cuDNN.
+_ALLOCATION_FAILED = ("DefaultCPUAllocator", "can't allocate memory", "STATUS_ALLOC_FAILED")
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that an allocation failed, on any device."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _ALLOCATION_FAILED)

@@ -228,7 +228,8 @@ class HessianDifference(_Symmetric):
 
     def __init__(self, conditional: Linearization, unconditional: Linearization) -> None:
         self.conditional, self.unconditional = Hessian(conditional), Hessian(unconditional)
-        if conditional.x.shape != unconditional.x.shape or not bool((conditional.x == unconditional.x).all()):
+        first, second = conditional.x, unconditional.x
+        if (first.dtype, first.device) != (second.dtype, second.device) or not torch.equal(first, second):
             raise InvalidInput("conditional, unconditional: expected linearizations at the same x; their points differ")
 
     @property

@@ -12,7 +12,8 @@ from sharpcore.program import Node, Program, Ref, TangentStep
 from sharpcore.rules import Call, Identity, LinearMap, aten
 from sharpcore.rules.norm import GroupNormSilu, group_norm_silu
 
-# Operations that give side results (statistics) beside their value; their maps speak of the first output alone.
+# Operations that give side results (statistics) beside their value; their maps speak of the first output
+# alone.
 _FIRST_OUTPUT_ONLY = {
     "attention",
     group_norm_silu,
@@ -29,7 +30,8 @@ def only_first_output(op: Any) -> bool:
 def fuse(
     node: Node, call: Call, nodes: list[Node], maps: list[LinearMap | None], producer: dict[int, int]
 ) -> tuple[Node, Call] | None:
-    """Rewrite a node that, with the one before it, is a fused operation, so that it reads that one's inputs instead.
+    """Rewrite a node that, with the one before it, is a fused operation, so that it reads that one's inputs
+    instead.
 
     The earlier node stays; if nothing else reads its result, `optimize` removes it.
     """
@@ -61,7 +63,8 @@ def replace_residuals(instruction: LinearMap, replacement: Callable[[Tensor], Te
 
 
 def optimize(program: Program, maps: list[LinearMap | None]) -> list[LinearMap | None]:
-    """Drop nodes that neither the value nor a tangent needs, skip identities, and plan when values die; returns the maps left."""
+    """Drop nodes that neither the value nor a tangent needs, skip identities, and plan when values die;
+    returns the maps left."""
     linear, primal = _needed(program, maps)
     kept = [i for i in range(len(program.nodes)) if i in primal]
     program.nodes = [program.nodes[i] for i in kept]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,16 +13,27 @@ import torch
 from torch import Tensor
 
 from sharpcore import conditioning as text
-from sharpcore.branches import Branch, predict, prediction_factor
-from sharpcore.detect import Evidence, Metric, make_metrics
-from sharpcore.errors import InvalidInput, OutOfMemory
+from sharpcore.backends import get_backend
+from sharpcore.branches import (
+    Branch,
+    Product,
+    advance,
+    make_evidence,
+    no_product,
+    pair_product,
+    predict,
+    scale_model_input,
+)
+from sharpcore.detect import Metric, compute_metrics, make_metrics
+from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
 from sharpcore.linearization import Linearization
 from sharpcore.memory import available_bytes, is_out_of_memory
-from sharpcore.score import UNITS, noise_level, prediction_type_of, schedule
+from sharpcore.score import UNITS, schedule
 from sharpcore.table import ScoreTable
 
 _FIRST_SEED = 42
+_LAST_SEED = 2**63 - 1
 # Samples in one linearization: enough to fill the device. More costs memory without being faster.
 _SAMPLES = {"cpu": 4, "cuda": 32}
 # Prompts that share the recomputed unconditional branch when memory does not hold all seeds at once.
@@ -39,6 +51,11 @@ class _Plan:
     metrics: tuple[Metric, ...]
     units: str
     shape: tuple[int, int, int]
+
+    @property
+    def products_at(self) -> tuple[int, ...]:
+        """The steps at which a metric multiplies with the Hessian."""
+        return self.steps if any(metric.needs_product for metric in self.metrics) else ()
 
 
 class SharpnessScorer:
@@ -58,8 +75,8 @@ class SharpnessScorer:
         Bytes that residuals and workspace may take; by default half of what is free on the device.
 
     The linearization of the unconditional branch at the first step is kept between calls, per set of seeds: it is the same for
-    every prompt. It is made anew when the UNet has changed. Calls from several threads wait for each other.
-    Raises UnsupportedModel for a pipeline whose scores are not defined.
+    every prompt. It is made anew when the UNet, a text encoder or the scheduler has changed. Calls from several threads wait for
+    each other. Raises UnsupportedModel for a pipeline whose scores are not defined, InvalidInput for bad arguments.
     """
 
     def __init__(
@@ -72,22 +89,26 @@ class SharpnessScorer:
         memory_budget: int | None = None,
     ) -> None:
         text.check_pipeline(pipe)
-        if not isinstance(guidance_scale, (int, float)) or not guidance_scale >= 0:
+        if not _is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
             raise InvalidInput(f"guidance_scale: expected a number of at least 0; got {guidance_scale!r}")
-        if memory_budget is not None and (isinstance(memory_budget, bool) or not memory_budget > 0):
+        if memory_budget is not None and not (_is_number(memory_budget) and memory_budget > 0):
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
+        get_backend(backend, device="cpu", dtype=torch.float32)
+        schedule(pipe.scheduler, num_inference_steps)
         self.pipe = pipe
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = float(guidance_scale)
         self.backend = backend
         self.memory_budget = memory_budget
-        self.timesteps: Tensor = schedule(pipe.scheduler, num_inference_steps).timesteps
         self._lock = threading.Lock()
-        self._capacity: int | None = None  # samples that fit into memory together; None: not known yet
-        self._shared = _SharedBranch(self)
-        self._conditional = Branch(pipe.unet, backend)
-        self._pair = Branch(pipe.unet, backend)
-        self._fingerprint: Any = None
+        self._most_samples: int | None = None  # in one batch, once memory ran out with more
+        self._state: Any = None
+        self._forget()
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps of the pipeline's scheduler, [N]; `steps=` are indices into them."""
+        return schedule(self.pipe.scheduler, self.num_inference_steps).timesteps
 
     def __call__(
         self,
@@ -119,12 +140,13 @@ class SharpnessScorer:
         squared
             Whether `hessian_score_difference` is ||H_D s_D||^2 as in the paper, or without the square as in its released code.
         on_error
-            "raise", or "record": a prompt that cannot be scored gives a row with its `error`, and the others are scored.
+            "raise", or "record": a prompt that cannot be scored (blank, or one for which the network is not finite) gives a row
+            with its `error`, and the others are scored.
         latent_size
             Height and width of the latent; by default those that the UNet was trained with.
 
-        Raises InvalidInput for bad arguments or prompts (with on_error="raise"), NonFiniteError when the network gives NaN or
-        infinity, OutOfMemory when not even one sample fits.
+        Raises InvalidInput for bad arguments or prompts (with on_error="raise"), NonFiniteError when a weight or a score is NaN
+        or infinite, OutOfMemory when not even one sample fits.
         """
         options = dict(steps=steps, seeds=seeds, metrics=metrics, units=units, squared=squared)
         blocks = self.iterate(prompts, on_error=on_error, latent_size=latent_size, **options)  # type: ignore[arg-type]
@@ -155,7 +177,7 @@ class SharpnessScorer:
             for error in errors:
                 if error is not None:
                     raise InvalidInput(error)
-        return self._blocks(list(prompts), errors, plan)
+        return self._blocks(list(prompts), errors, plan, record=on_error == "record")
 
     def reset(self) -> None:
         """Forget linearizations and their memory."""
@@ -167,71 +189,63 @@ class SharpnessScorer:
     def _plan(
         self, steps: Any, seeds: Any, metrics: Any, units: str, squared: bool, latent_size: Any
     ) -> _Plan:
-        steps = [steps] if isinstance(steps, int) else list(steps)
         count = len(self.timesteps)
-        if not steps or len(set(steps)) != len(steps):
-            raise InvalidInput(f"steps: expected different indices from 0 to {count - 1}; got {steps}")
-        for step in steps:
-            if isinstance(step, bool) or not isinstance(step, int) or not 0 <= step < count:
-                raise InvalidInput(f"steps: expected indices from 0 to {count - 1}; got {step!r}")
-        if isinstance(seeds, int) and not isinstance(seeds, bool):
+        steps = [steps] if _is_integer(steps) else steps
+        if not _is_list_of_integers(steps) or not all(0 <= step < count for step in steps):
+            raise InvalidInput(f"steps: expected different indices from 0 to {count - 1}; got {steps!r}")
+        if _is_integer(seeds):
             if seeds < 1:
                 raise InvalidInput(f"seeds: expected at least 1; got {seeds}")
-            seeds = range(_FIRST_SEED, _FIRST_SEED + seeds)
-        seeds = list(seeds) if isinstance(seeds, Sequence) and not isinstance(seeds, str) else [seeds]
-        if not seeds or any(isinstance(k, bool) or not isinstance(k, int) or k < 0 for k in seeds):
-            raise InvalidInput(f"seeds: expected a number or a list of non-negative integers; got {seeds}")
-        if len(set(seeds)) != len(seeds):
-            raise InvalidInput(f"seeds: expected different seeds; got {seeds}")
+            seeds = range(_FIRST_SEED, _FIRST_SEED + min(seeds, _LAST_SEED))
+        if not _is_list_of_integers(seeds) or not all(0 <= seed <= _LAST_SEED for seed in seeds):
+            raise InvalidInput(
+                f"seeds: expected a number, or a list of different integers from 0 to {_LAST_SEED}; got {seeds!r}"
+            )
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
         channels, height, width = text.latent_shape(self.pipe)
         if latent_size is not None:
-            try:
-                height, width = (int(n) for n in latent_size)
-            except (TypeError, ValueError):
-                raise InvalidInput(f"latent_size: expected (height, width); got {latent_size!r}") from None
-            if min(height, width) < 1:
-                raise InvalidInput(f"latent_size: expected positive sizes; got {latent_size!r}")
+            sizes = latent_size if isinstance(latent_size, Sequence) else ()
+            if len(sizes) != 2 or not all(_is_integer(n) and n > 0 for n in sizes):
+                raise InvalidInput(f"latent_size: expected (height, width), two positive integers; got {latent_size!r}")
+            height, width = sizes
         made = tuple(make_metrics(metrics, squared=squared))
         return _Plan(tuple(steps), tuple(seeds), made, units, (channels, height, width))
 
     def _blocks(
-        self, prompts: list[str], errors: list[str | None], plan: _Plan
+        self, prompts: list[str], errors: list[str | None], plan: _Plan, record: bool
     ) -> Iterator[list[dict[str, Any]]]:
         start = 0
         while start < len(prompts):
             with self._lock:
-                self._check_network()
+                timesteps = self.timesteps.tolist()
+                if not all(errors[start:]):
+                    self._prepare(plan)
                 stop = min(len(prompts), start + self._prompts_per_block(plan))
                 good = [i for i in range(start, stop) if errors[i] is None]
-                rows: dict[int, list[dict[str, Any]]] = {
-                    i: [_row(prompts[i], step, float(self.timesteps[step]), plan, None, errors[i]) for step in plan.steps]
-                    for i in range(start, stop)
-                    if errors[i] is not None
-                }
                 for i in good:
                     self._warn_if_cut(i, prompts[i])
-                if good:
-                    values = self._score_block([prompts[i] for i in good], plan)
-                    for place, i in enumerate(good):
-                        rows[i] = [
-                            _row(prompts[i], step, float(self.timesteps[step]), plan, values[step][:, place], None)
-                            for step in plan.steps
-                        ]
-            yield [row for i in range(start, stop) for row in rows[i]]
+                found = self._score_each([prompts[i] for i in good], plan, record) if good else []
+                scored = dict(zip(good, found, strict=True))
+                rows = [
+                    _row(prompts[i], step, timesteps[step], plan, scored.get(i, errors[i]))
+                    for i in range(start, stop)
+                    for step in plan.steps
+                ]
+            yield rows
             start = stop
 
-    def _prompts_per_block(self, plan: _Plan) -> int:
-        if self._capacity is not None and self._capacity < len(plan.seeds):
-            return _PROMPTS_PER_BLOCK
-        return self._prompts_per_batch(len(plan.seeds))
-
-    def _prompts_per_batch(self, seeds: int) -> int:
-        samples = _SAMPLES.get(self._device.type, _SAMPLES["cpu"])
-        if self._capacity is not None:
-            samples = min(samples, self._capacity)
-        return max(1, samples // seeds)
+    def _score_each(self, prompts: list[str], plan: _Plan, record: bool) -> list[dict[int, Tensor] | str]:
+        """For each prompt its metrics [metric, seed] by step or, with `record`, the sentence that says why there are none."""
+        try:
+            values = self._score_block(prompts, plan)
+        except NonFiniteError as error:
+            if not record:
+                raise
+            if len(prompts) == 1:
+                return [str(error)]
+            return [part for prompt in prompts for part in self._score_each([prompt], plan, record)]
+        return [{step: values[step][:, i] for step in plan.steps} for i in range(len(prompts))]
 
     def _score_block(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
         """Per step the metrics [metric, prompt, seed], float64; halves the batch while memory runs out."""
@@ -241,28 +255,86 @@ class SharpnessScorer:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                samples = self._capacity or max(len(plan.seeds), self._prompts_per_batch(len(plan.seeds)))
-                self._forget()
+                samples = min(len(plan.seeds), self._capacity(plan)) * self._prompts_per_batch(plan)
                 if samples == 1:
+                    self._forget()
                     raise OutOfMemory(self._what_would_fit(plan, error)) from error
-                self._capacity = samples // 2
-                if self._device.type == "cuda":
-                    torch.cuda.empty_cache()
+                self._most_samples = samples // 2
+            # Not in the handler: there the traceback still holds the tensors of the failed attempt.
+            self._forget()
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def _score_all(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
         conditioning = text.encode_prompts(self.pipe, prompts, **self._pixels(plan))
         result = {step: torch.empty(len(plan.metrics), len(prompts), len(plan.seeds)).double() for step in plan.steps}
-        self._shared.prepare(plan)
-        group = len(plan.seeds) if self._capacity is None else min(len(plan.seeds), self._capacity)
+        group, batch = min(len(plan.seeds), self._capacity(plan)), self._prompts_per_batch(plan)
         for first in range(0, len(plan.seeds), group):
             seeds = plan.seeds[first : first + group]
-            batch = self._prompts_per_batch(len(seeds))
             for start in range(0, len(prompts), batch):
                 rows = slice(start, min(start + batch, len(prompts)))
                 part = text.select_conditioning(conditioning, rows)
                 for step, values in self._score_batch(part, seeds, plan).items():
-                    result[step][:, rows, first : first + group] = values
+                    result[step][:, rows, first : first + len(seeds)] = values
         return result
+
+    # -- memory ---------------------------------------------------------------------------------------------------------------
+
+    def _prepare(self, plan: _Plan) -> None:
+        """Forget what was computed in another state of the pipeline, and learn how much memory one sample takes."""
+        scheduler = self.pipe.scheduler
+        encoders = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
+        networks = [network for network in (self.pipe.unet, *encoders) if network is not None]
+        state = (
+            plan.shape,
+            (type(scheduler), repr(sorted(scheduler.config.items())), self.num_inference_steps),
+            [fingerprint(network) for network in networks],
+        )
+        if state != self._state:
+            self._forget()
+            self._state = state
+        if not plan.products_at or self._memory is not None:
+            return
+        try:
+            # One sample alone, before a whole batch is tried; its prediction is kept.
+            self._shared.linearizations(plan.seeds[:1], plan)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self._forget()
+            raise OutOfMemory(self._what_would_fit(plan, error)) from error
+        if 0 not in plan.steps:
+            self._shared.drop_linearizations()
+
+    def _forget(self) -> None:
+        self._memory: tuple[float, float] | None = None  # the budget and what a sample's residuals take, bytes
+        self._shared = _SharedBranch(self)
+        self._conditional = Branch(self.pipe.unet, self.backend)
+        self._pair = Branch(self.pipe.unet, self.backend)
+
+    def _learn_memory(self, lin: Linearization) -> None:
+        budget: float | None = self.memory_budget
+        if budget is None:
+            free = available_bytes(self._device)
+            budget = math.inf if free is None else free / 2
+        weights = {p.untyped_storage()._cdata for p in self.pipe.unet.parameters()}
+        self._memory = (budget, max(1, lin.residual_bytes(besides=weights)) / lin.x.shape[0])
+
+    def _capacity(self, plan: _Plan) -> int:
+        """How many samples one batch may have."""
+        most = self._most_samples or max(len(plan.seeds), _SAMPLES.get(self._device.type, _SAMPLES["cpu"]))
+        if self._memory is None or not plan.products_at:
+            return most
+        budget, sample = self._memory
+        # At the first step the unconditional residuals stay beside those of the conditional batch; later both are one batch.
+        kept = 2 * (0 in plan.products_at) + 2 * (max(plan.products_at) > 0)
+        return max(1, int(min(most, budget / (sample * (kept + _WORKSPACE)))))
+
+    def _prompts_per_batch(self, plan: _Plan) -> int:
+        return max(1, self._capacity(plan) // len(plan.seeds))
+
+    def _prompts_per_block(self, plan: _Plan) -> int:
+        return self._prompts_per_batch(plan) if self._capacity(plan) >= len(plan.seeds) else _PROMPTS_PER_BLOCK
 
     # -- one batch: some prompts, some seeds, all steps ---------------------------------------------------------------------------
 
@@ -281,17 +353,16 @@ class SharpnessScorer:
         unconditional = text.repeat_conditioning(self._shared.conditioning(plan), count)
         values: dict[int, Tensor] = {}
         last = max(plan.steps)
-        for step, t in enumerate(self.timesteps[: last + 1]):
+        for step, t in enumerate(scheduler.timesteps[: last + 1]):
             x = scale_model_input(scheduler, latents, t)
             timestep = t.to(self._device).expand(count)
             if step == 0:
-                without, with_prompt, evidence = self._first_step(x, timestep, conditional, seeds, plan)
+                without, with_prompt, product = self._first_step(x, timestep, conditional, seeds, plan)
             else:
-                without, with_prompt, evidence = self._later_step(step, x, timestep, conditional, unconditional, plan)
-            if evidence is not None:
-                computed = [metric.compute(evidence) for metric in plan.metrics]
-                values[step] = torch.stack(computed).reshape(len(computed), prompts, len(seeds)).cpu()
-            del evidence
+                without, with_prompt, product = self._later_step(step, x, timestep, conditional, unconditional, plan)
+            if step in plan.steps:
+                evidence = make_evidence(with_prompt - without, product, timestep, scheduler, plan.units)
+                values[step] = compute_metrics(plan.metrics, evidence).unflatten(1, (prompts, len(seeds))).cpu()
             if step < last:
                 guided = without + self.guidance_scale * (with_prompt - without)
                 latents = advance(scheduler, guided, t, latents, generators)
@@ -299,19 +370,12 @@ class SharpnessScorer:
 
     def _first_step(
         self, x: Tensor, timestep: Tensor, conditional: text.Conditioning, seeds: tuple[int, ...], plan: _Plan
-    ) -> tuple[Tensor, Tensor, Evidence | None]:
+    ) -> tuple[Tensor, Tensor, Product]:
+        """The predictions without and with the prompt, and the product with the difference of their Jacobians."""
         prompts = x.shape[0] // len(seeds)
-        if 0 not in plan.steps:
-            without = self._shared.prediction(seeds, plan)
-            return (
-                without.repeat(prompts, 1, 1, 1),
-                predict(self.pipe.unet, x, timestep, conditional),
-                None,
-            )
-        if not any(metric.needs_product for metric in plan.metrics):
+        if 0 not in plan.products_at:
             without = self._shared.prediction(seeds, plan).repeat(prompts, 1, 1, 1)
-            with_prompt = predict(self.pipe.unet, x, timestep, conditional)
-            return without, with_prompt, self._evidence(with_prompt - without, _no_product, timestep, plan)
+            return without, predict(self.pipe.unet, x, timestep, conditional), no_product
         parts = self._shared.linearizations(seeds, plan)
         without = torch.cat([lin.value for lin in parts]).repeat(prompts, 1, 1, 1)
         lin = self._conditional.at(x, timestep, conditional)
@@ -324,7 +388,7 @@ class SharpnessScorer:
             pieces = [part.jvp(piece) for part, piece in zip(parts, by_seed.split(sizes, 1), strict=True)]
             return pushed - torch.cat(pieces, 1).flatten(0, 1)
 
-        return without, lin.value, self._evidence(lin.value - without, product, timestep, plan)
+        return without, lin.value, product
 
     def _later_step(
         self,
@@ -334,21 +398,16 @@ class SharpnessScorer:
         conditional: text.Conditioning,
         unconditional: text.Conditioning,
         plan: _Plan,
-    ) -> tuple[Tensor, Tensor, Evidence | None]:
+    ) -> tuple[Tensor, Tensor, Product]:
+        """As `_first_step`, with both branches in one batch."""
         both = text.concat_conditioning([unconditional, conditional])
         pair, times = torch.cat([x, x]), torch.cat([timestep, timestep])
-        if step not in plan.steps or not any(metric.needs_product for metric in plan.metrics):
+        if step not in plan.products_at:
             without, with_prompt = predict(self.pipe.unet, pair, times, both).chunk(2)
-            evidence = self._evidence(with_prompt - without, _no_product, timestep, plan) if step in plan.steps else None
-            return without, with_prompt, evidence
+            return without, with_prompt, no_product
         lin = self._pair.at(pair, times, both)
         without, with_prompt = lin.value.chunk(2)
-        return without, with_prompt, self._evidence(with_prompt - without, pair_product(lin), timestep, plan)
-
-    def _evidence(self, difference: Tensor, product: Any, timestep: Tensor, plan: _Plan) -> Evidence:
-        return make_evidence(
-            difference, product, timestep, schedule(self.pipe.scheduler, self.num_inference_steps), plan.units
-        )
+        return without, with_prompt, pair_product(lin)
 
     # -- small parts --------------------------------------------------------------------------------------------------------------
 
@@ -375,32 +434,6 @@ class SharpnessScorer:
         factor = self.pipe.vae_scale_factor
         return {"height": plan.shape[1] * factor, "width": plan.shape[2] * factor}
 
-    def _check_network(self) -> None:
-        """Forget what was computed with another state of the network."""
-        now = fingerprint(self.pipe.unet)
-        if now != self._fingerprint:
-            self._forget()
-            self._fingerprint = now
-
-    def _forget(self) -> None:
-        self._shared = _SharedBranch(self)
-        self._conditional = Branch(self.pipe.unet, self.backend)
-        self._pair = Branch(self.pipe.unet, self.backend)
-
-    def _learn_capacity(self, lin: Linearization) -> None:
-        """How many samples fit into the budget, from the residuals of the first linearization (of one sample)."""
-        budget = self.memory_budget
-        if budget is None:
-            free = available_bytes(self._device)
-            if free is None:
-                return
-            budget = free // 2
-        weights = {p.untyped_storage()._cdata for p in self.pipe.unet.parameters()}
-        sample = max(1, lin.residual_bytes(besides=weights)) / lin.x.shape[0]
-        # The unconditional residuals stay beside those of the conditional batch.
-        fitting = max(1, int(budget / (sample * (2 + _WORKSPACE))))
-        self._capacity = fitting if self._capacity is None else min(self._capacity, fitting)
-
     def _warn_if_cut(self, index: int, prompt: str) -> None:
         dropped = text.dropped_tokens(self.pipe, prompt)
         if dropped:
@@ -422,21 +455,13 @@ class SharpnessScorer:
 
 
 class _SharedBranch:
-    """The unconditional branch at the first step: the same for every prompt, computed once for each seed."""
+    """The unconditional branch at the first step, for one latent shape: the same for every prompt, computed once for each seed."""
 
     def __init__(self, scorer: SharpnessScorer) -> None:
         self._scorer = scorer
-        self._key: Any = None
         self._conditioning: text.Conditioning | None = None
         self._parts: list[tuple[tuple[int, ...], Linearization]] = []
         self._predictions: dict[int, Tensor] = {}
-
-    def prepare(self, plan: _Plan) -> None:
-        """Keep what belongs to this latent shape, drop what does not."""
-        if self._key != plan.shape:
-            self._key = plan.shape
-            self._conditioning = None
-            self._parts, self._predictions = [], {}
 
     def conditioning(self, plan: _Plan) -> text.Conditioning:
         if self._conditioning is None:
@@ -445,81 +470,41 @@ class _SharedBranch:
 
     def _inputs(self, seeds: Sequence[int], plan: _Plan) -> tuple[Tensor, Tensor, text.Conditioning]:
         scorer = self._scorer
-        scheduler = schedule(scorer.pipe.scheduler, scorer.num_inference_steps)
+        scheduler = scorer._trajectory_scheduler()
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        t = scorer.timesteps[0]
+        t = scheduler.timesteps[0]
         x = scale_model_input(scheduler, scorer._initial_latents(generators, scheduler, plan), t)
         conditioning = text.repeat_conditioning(self.conditioning(plan), len(seeds))
         return x, t.to(scorer._device).expand(len(seeds)), conditioning
 
+    @torch.no_grad()
     def linearizations(self, seeds: tuple[int, ...], plan: _Plan) -> list[Linearization]:
-        """Linearizations that together cover the seeds, in their order."""
-        if tuple(k for part, _ in self._parts for k in part) == seeds:
-            return [lin for _, lin in self._parts]
-        self._parts = []
-        scorer = self._scorer
-        # The first sample alone tells how much memory a sample takes, before a whole batch is tried.
-        sizes = [len(seeds)] if scorer._capacity is not None else [1, len(seeds) - 1]
-        start = 0
-        for size in filter(None, sizes):
-            part = seeds[start : start + size]
-            lin = Branch(scorer.pipe.unet, scorer.backend).at(*self._inputs(part, plan))
-            if scorer._capacity is None:
-                scorer._learn_capacity(lin)
-                if scorer._capacity is not None and scorer._capacity < len(seeds):
-                    raise torch.OutOfMemoryError("the memory budget holds fewer samples than there are seeds")
-            self._parts.append((part, lin))
-            self._predictions.update(zip(part, lin.value, strict=True))
-            start += size
+        """Linearizations that together cover the seeds, in their order: the first alone, then the others."""
+        done = tuple(seed for part, _ in self._parts for seed in part)
+        if done != seeds:
+            if done != seeds[:1]:
+                self._parts = []
+            parts = (seeds[:1], seeds[1:]) if done != seeds[:1] else (seeds[1:],)
+            for part in filter(None, parts):
+                lin = Branch(self._scorer.pipe.unet, self._scorer.backend).at(*self._inputs(part, plan))
+                if self._scorer._memory is None:
+                    self._scorer._learn_memory(lin)
+                self._parts.append((part, lin))
+                self._predictions.update(zip(part, lin.value, strict=True))
         return [lin for _, lin in self._parts]
 
+    def drop_linearizations(self) -> None:
+        self._parts = []
+
+    @torch.no_grad()
     def prediction(self, seeds: tuple[int, ...], plan: _Plan) -> Tensor:
         """The unconditional predictions alone, [S, C, H, W], without a linearization."""
         missing = tuple(seed for seed in seeds if seed not in self._predictions)
         if missing:
-            with torch.no_grad():
-                x, timestep, conditioning = self._inputs(missing, plan)
-                values = predict(self._scorer.pipe.unet, x, timestep, conditioning)
+            x, timestep, conditioning = self._inputs(missing, plan)
+            values = predict(self._scorer.pipe.unet, x, timestep, conditioning)
             self._predictions.update(zip(missing, values, strict=True))
         return torch.stack([self._predictions[seed] for seed in seeds])
-
-
-def pair_product(lin: Linearization) -> Any:
-    """The product of (J with prompt) - (J without) for a linearization of both branches in one batch, those without first."""
-
-    def product(vectors: Tensor) -> Tensor:
-        without, with_prompt = lin.jvp(torch.cat([vectors, vectors]).unsqueeze(0)).squeeze(0).chunk(2)
-        return with_prompt - without
-
-    return product
-
-
-def make_evidence(difference: Tensor, product: Any, timestep: Tensor, scheduler: Any, units: str) -> Evidence:
-    """Evidence from a difference of predictions [B, ...] and the product with the difference of their Jacobians."""
-    alpha, sigma = noise_level(scheduler, timestep)
-    factor = prediction_factor(difference, alpha, sigma, prediction_type_of(scheduler), units)
-    return Evidence(difference * factor, lambda vectors: product(vectors) * factor)
-
-
-def scale_model_input(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
-    """The latent as the network sees it."""
-    scale = getattr(scheduler, "scale_model_input", None)
-    return latents if scale is None else scale(latents, t)
-
-
-def advance(
-    scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]
-) -> Tensor:
-    """One step of the scheduler, with a generator for each sample where it draws noise."""
-    import inspect
-
-    draws = "generator" in inspect.signature(scheduler.step).parameters
-    extra = {"generator": generators} if draws else {}
-    return scheduler.step(prediction, t, latents, return_dict=False, **extra)[0]
-
-
-def _no_product(vectors: Tensor) -> Tensor:
-    raise InvalidInput("this metric uses the Hessian's product but does not declare needs_product")
 
 
 def _prompt_error(index: int, prompt: Any) -> str | None:
@@ -531,15 +516,33 @@ def _prompt_error(index: int, prompt: Any) -> str | None:
 
 
 def _row(
-    prompt: str, step: int, timestep: float, plan: _Plan, values: Tensor | None, error: str | None
+    prompt: str, step: int, timestep: float, plan: _Plan, found: dict[int, Tensor] | str | None
 ) -> dict[str, Any]:
-    """A table row; `values` is [metric, seed], float64."""
+    """A table row; `found` has the metrics [metric, seed] of each step, float64, or is the error."""
     row: dict[str, Any] = {"prompt": prompt, "step": step, "timestep": timestep}
     for i, metric in enumerate(plan.metrics):
-        per_seed = None if values is None else values[i]
+        per_seed = found[step][i] if isinstance(found, dict) else None
         row[metric.name] = None if per_seed is None else float(per_seed.mean())
         several = per_seed is not None and len(per_seed) > 1
         row[f"{metric.name}_se"] = float(per_seed.std() / len(per_seed) ** 0.5) if several else None  # type: ignore[union-attr,arg-type]
         row[f"{metric.name}_seeds"] = None if per_seed is None else per_seed.tolist()
-    row["error"] = error
+    row["error"] = None if isinstance(found, dict) else found
     return row
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_list_of_integers(values: Any) -> bool:
+    """Whether these are at least one, and different, integers."""
+    return (
+        isinstance(values, Sequence)
+        and len(values) > 0
+        and all(map(_is_integer, values))
+        and len(set(values)) == len(values)
+    )

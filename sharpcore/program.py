@@ -1,4 +1,5 @@
-"""The linear program: the recorded operations in order, how their values flow, and the three ways of running it."""
+"""The linear program: the recorded operations in order, how their values flow, and the three ways of running
+it."""
 
 from __future__ import annotations
 
@@ -24,8 +25,8 @@ class Ref:
 class Node:
     """One recorded operation.
 
-    `args` is the template of its arguments (constants, and Refs to values), `active` the argument positions that carry a tangent,
-    `outputs` the values it makes (None for one that nobody can read).
+    `args` is the template of its arguments (constants, and Refs to values), `active` the argument positions
+    that carry a tangent, `outputs` the values it makes (None for one that nobody can read).
     """
 
     op: Any
@@ -78,7 +79,8 @@ class Node:
 
 @dataclass
 class TangentStep:
-    """One instruction of the linear program: which map runs on which values, and which values are dead afterwards."""
+    """One instruction of the linear program: which map runs on which values, and which values are dead
+    afterwards."""
 
     node: int
     inputs: tuple[int, ...]
@@ -88,7 +90,8 @@ class TangentStep:
 
 @dataclass
 class Program:
-    """What a trace recorded, independent of the point: shared by every linearization at inputs of the same shapes."""
+    """What a trace recorded, independent of the point: shared by every linearization at inputs of the same
+    shapes."""
 
     nodes: list[Node]
     x: int
@@ -109,7 +112,8 @@ class Program:
     def replay(
         self, inputs: Sequence[Tensor], maps: list[LinearMap | None], rules: dict[Any, Rule], kernels: Any
     ) -> Tensor | None:
-        """Run the primal operations at new inputs, replacing each linear map in `maps`; returns the value (None: a constant)."""
+        """Run the primal operations at new inputs, replacing each linear map in `maps`; returns the value
+        (None: a constant)."""
         values = dict(zip((self.x, *self.bound), inputs, strict=True))
         for index, node in enumerate(self.nodes):
             args = node.fill(values)
@@ -154,7 +158,8 @@ class Program:
 
 
 def build_map(node: Node, call: Call, rules: dict[Any, Rule], where: str | None = None) -> LinearMap:
-    """The linear map of a call: by its rule, by PyTorch's derivative of a pointwise operation, or by the autograd fallback."""
+    """The linear map of a call: by its rule, by PyTorch's derivative of a pointwise operation, or by the
+    autograd fallback."""
     found = rules.get(node.op)
     if found is None and isinstance(node.op, torch._ops.OpOverload) and torch.Tag.pointwise in node.op.tags:
         found = rules["pointwise"]

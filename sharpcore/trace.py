@@ -48,7 +48,9 @@ class _WrittenStorage:
     """A storage that was written in place with recorded values: where, and with which value."""
 
     storage: Any  # held, so that its address is not reused during the trace
-    writes: list[tuple[int, torch.Size, tuple[int, ...], int]] = field(default_factory=list)  # value, size, stride, offset
+    writes: list[tuple[int, torch.Size, tuple[int, ...], int]] = field(
+        default_factory=list
+    )  # value, size, stride, offset
 
 
 def _leaves(args: Sequence[Any]) -> Iterator[tuple[int | tuple[int, int], Tensor]]:
@@ -90,13 +92,14 @@ class Tracer:
         self.paused = False
         self._bindings: dict[int, _Binding] = {}
         self._written: dict[int, _WrittenStorage] = {}
-        # Storages that hold recorded values. A weak reference keeps the address from being reused, not the memory alive.
+        # Storages that hold recorded values. A weak reference keeps the address from being reused, not the
+        # memory alive.
         self._dependent: dict[int, StorageWeakRef] = {}
         self._captured: set[int] = set()  # storages that nodes or maps refer to
         self._names: dict[int, str] = {}
         self._root: Any = None
 
-    # -- values -------------------------------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------
 
     def new_value(self, tensor: Tensor, kind: Kind) -> int:
         self.kinds.append(kind)
@@ -119,8 +122,9 @@ class Tracer:
     def value_of(self, tensor: Tensor) -> int | None:
         """The program value that a tensor holds now; None for a constant.
 
-        Raises UnsupportedOperation for a tensor that shares memory with a recorded value but was not made from it by a recorded
-        operation (`.data =`, `nn.Parameter(...)`, `as_subclass`, `set_`): taking it for a constant would lose its derivative.
+        Raises UnsupportedOperation for a tensor that shares memory with a recorded value but was not made
+        from it by a recorded operation (`.data =`, `nn.Parameter(...)`, `as_subclass`, `set_`): taking it for
+        a constant would lose its derivative.
         """
         binding = self._bindings.get(id(tensor))
         if binding is not None and binding.tensor() is not tensor:
@@ -135,8 +139,8 @@ class Tracer:
             return self._catch_up(tensor, binding, written)
         if binding is None and storage in self._dependent:
             raise UnsupportedOperation(
-                f"a tensor shares memory with one that depends on x, but came from no recorded operation {self.where()}: "
-                "its derivative would be lost"
+                f"a tensor shares memory with one that depends on x, but came from no recorded operation "
+                f"{self.where()}: its derivative would be lost"
             )
         return None if binding is None else binding.value
 
@@ -162,14 +166,16 @@ class Tracer:
             self._bind(tensor, value)
         return value
 
-    def _append_overlay(self, tensor: Tensor, base: int | None, update: int, size: torch.Size, source: Tensor) -> int:
+    def _append_overlay(
+        self, tensor: Tensor, base: int | None, update: int, size: torch.Size, source: Tensor
+    ) -> int:
         current = tensor.clone()
         template = (current if base is None else Ref(base), Ref(update), source)
         call = Call(overlay, (current, current.new_zeros(()).expand(size), source), {}, current, ())
         kinds = [None if base is None else self.kinds[base], self.kinds[update], None]
         return self._append(overlay, template, {}, call, kinds, [0, 1, 2])[0]
 
-    # -- recording ----------------------------------------------------------------------------------------------------------
+    # -- recording ---------------------------------------------------------------------------------
 
     def record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         """Run one operation and, when it reads anything that depends on the inputs, add it to the program."""
@@ -200,9 +206,13 @@ class Tracer:
             return run(*args, **kwargs)
         tags = getattr(op, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
-            raise UnsupportedOperation(f"{op} draws random numbers that depend on x {self.where()}; use .eval()")
+            raise UnsupportedOperation(
+                f"{op} draws random numbers that depend on x {self.where()}; use .eval()"
+            )
         if op is aten.view.dtype and any(self.kinds[value] is Kind.ACTIVE for value in values.values()):
-            raise UnsupportedOperation(f"the bits of a tensor that depends on x are read as another dtype {self.where()}")
+            raise UnsupportedOperation(
+                f"the bits of a tensor that depends on x are read as another dtype {self.where()}"
+            )
         self._check_data_dependence(op, values, tags)
         if mutates:
             return self._record_in_place(op, args, kwargs, values)
@@ -211,22 +221,31 @@ class Tracer:
         return out
 
     def _check_data_dependence(self, op: Any, values: dict[Any, int], tags: Any) -> None:
-        """Values that leave the tensor world: fine for control flow, but not where a derivative would be lost."""
+        """Values that leave the tensor world: fine for control flow, but not where a derivative would be
+        lost."""
         if op in (aten._local_scalar_dense.default, aten.is_nonzero.default, aten.equal.default):
             kinds = {self.kinds[value] for value in values.values()}
             if op is aten._local_scalar_dense.default and kinds != {Kind.PRIMAL}:
                 raise UnsupportedOperation(
-                    f"a number is read out of a tensor that depends on x (.item() or float()) {self.where()}: "
-                    "its derivative would be lost"
+                    "a number is read out of a tensor that depends on x (.item() or float()) "
+                    f"{self.where()}: its derivative would be lost"
                 )
             self.replayable = False
-        elif torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags:
-            if op not in (aten.index.Tensor,) or any(isinstance(position, tuple) for position in values):
-                self.replayable = False
+        elif (torch.Tag.dynamic_output_shape in tags or torch.Tag.data_dependent_output in tags) and (
+            # The shape that indexing gives depends on the indices, not on what is indexed.
+            op is not aten.index.Tensor or any(isinstance(position, tuple) for position in values)
+        ):
+            self.replayable = False
 
     def _append_call(
-        self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, values: dict[Any, int], bind: bool
-    ) -> list[int | None]:
+        self,
+        op: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+        values: dict[Any, int],
+        bind: bool,
+    ) -> list[Any]:
         template = self._template(args)
         kinds = [self.kinds[values[p]] if p in values else None for p, _ in _leaves(args)]
         positions = [p for p, _ in _leaves(args)]
@@ -257,8 +276,16 @@ class Tracer:
         if Kind.OPAQUE in kinds and op not in ZERO_DERIVATIVE:
             raise UnsupportedOperation(f"{op} reads a side result that has no derivative rule {self.where()}")
         active = tuple(p for p, kind in zip(positions, kinds, strict=True) if kind is Kind.ACTIVE)
-        outs = [call.out] if isinstance(call.out, Tensor) else list(call.out) if isinstance(call.out, (list, tuple)) else []
-        node = Node(op=op, args=template, kwargs=kwargs, active=active, outputs=(), module=self._module_name())
+        outs = (
+            [call.out]
+            if isinstance(call.out, Tensor)
+            else list(call.out)
+            if isinstance(call.out, (list, tuple))
+            else []
+        )
+        node = Node(
+            op=op, args=template, kwargs=kwargs, active=active, outputs=(), module=self._module_name()
+        )
         instruction: LinearMap | None = None
         differentiable = [isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex()) for o in outs]
         if active and op not in ZERO_DERIVATIVE and any(differentiable):
@@ -292,19 +319,26 @@ class Tracer:
                     self._captured.add(_storage_key(tensor))
         return outputs
 
-    # -- in-place operations ------------------------------------------------------------------------------------------------
+    # -- in-place operations -----------------------------------------------------------------------
 
-    def _record_in_place(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[Any, int]) -> Any:
+    def _record_in_place(
+        self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[Any, int]
+    ) -> Any:
         """Record `x.op_(...)` as its functional twin followed by a change of what x holds."""
         name = op._schema.name.split("::")[1]
-        written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        written = [
+            i
+            for i, a in enumerate(op._schema.arguments)
+            if a.alias_info is not None and a.alias_info.is_write
+        ]
         twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None) if name.endswith("_") else None
         if twin is None or written != [0] or op.namespace != "aten":
             raise UnsupportedOperation(f"{op} writes into a tensor that depends on x {self.where()}")
         target = args[0]
         out = twin(*args, **kwargs)
         self._protect([target])
-        # The maps refer to the operands before the write: copies of those that share the written storage are recorded.
+        # The maps refer to the operands before the write: copies of those that share the written storage are
+        # recorded.
         key = _storage_key(target)
         saved = _replace(args, lambda t: t.clone() if _storage_key(t) == key else t)
         originals = dict(_leaves(args))
@@ -314,19 +348,20 @@ class Tracer:
         (value,) = self._append_call(twin, saved, kwargs, out, values, bind=False)
         if out.dtype != target.dtype:
             cast = out.to(target.dtype)
-            self._bind(out, value)  # type: ignore[arg-type]
+            self._bind(out, value)
             (value,) = self._append_call(
                 aten._to_copy.default, (out,), {"dtype": target.dtype}, cast, {0: value}, bind=False
             )
             out = cast
         target.copy_(out)
         storage = self._written.setdefault(key, _WrittenStorage(target.untyped_storage()))
-        storage.writes.append((value, target.size(), target.stride(), target.storage_offset()))  # type: ignore[arg-type]
-        self._bind(target, value)  # type: ignore[arg-type]
+        storage.writes.append((value, target.size(), target.stride(), target.storage_offset()))
+        self._bind(target, value)
         return target
 
     def _record_constant_writes(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A constant was written into a storage that also holds recorded values: their readers must see it."""
+        """A constant was written into a storage that also holds recorded values: their readers must see
+        it."""
         for i, argument in enumerate(op._schema.arguments):
             if argument.alias_info is None or not argument.alias_info.is_write:
                 continue
@@ -337,7 +372,7 @@ class Tracer:
                     kept = tensor.clone()
                     (value,) = self._append_call(aten.clone.default, (kept,), {}, kept, {}, bind=False)
                     written.writes.append((value, tensor.size(), tensor.stride(), tensor.storage_offset()))  # type: ignore[arg-type]
-                    self._bind(tensor, value)  # type: ignore[arg-type]
+                    self._bind(tensor, value)
 
     def _protect(self, targets: list[Tensor]) -> None:
         """Before a storage is overwritten, give nodes and maps that refer to it a copy of what it holds."""
@@ -346,17 +381,20 @@ class Tracer:
             return
 
         def copy(tensor: Tensor) -> Tensor:
-            return tensor.clone() if tensor.layout is torch.strided and _storage_key(tensor) in keys else tensor
+            return (
+                tensor.clone() if tensor.layout is torch.strided and _storage_key(tensor) in keys else tensor
+            )
 
         for node, instruction in zip(self.nodes, self.maps, strict=True):
             node.args = _replace(node.args, copy)
             if instruction is not None:
                 passes.replace_residuals(instruction, copy)
 
-    # -- where an operation was called ----------------------------------------------------------------------------------------
+    # -- where an operation was called -------------------------------------------------------------
 
     def _module_name(self) -> str:
-        """The dotted name of the innermost torch module that is running, found on the Python stack (no hook is needed)."""
+        """The dotted name of the innermost torch module that is running, found on the Python stack (no hook
+        is needed)."""
         call_impl = torch.nn.Module._call_impl.__code__
         inner = outer = None
         frame = sys._getframe(1)
@@ -370,7 +408,7 @@ class Tracer:
             return ""
         if outer is not self._root:
             self._root = outer
-            self._names = {id(module): name for name, module in outer.named_modules()}  # type: ignore[union-attr]
+            self._names = {id(module): name for name, module in outer.named_modules()}
         name = self._names.get(id(inner), "?")
         return f"{type(outer).__name__}.{name}" if name else type(outer).__name__
 
@@ -379,7 +417,7 @@ class Tracer:
         name = self._module_name()
         return f"(in module {name})" if name else "(outside of any torch module)"
 
-    # -- composite operations -------------------------------------------------------------------------------------------------
+    # -- composite operations ----------------------------------------------------------------------
 
     def attention(
         self,
@@ -408,7 +446,9 @@ class Tracer:
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if is_causal:
-            attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+            attn_mask = torch.ones(
+                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
+            ).tril()
         mask = None if attn_mask is None else additive_mask(attn_mask, query.dtype)
         if mask is not None and self.value_of(mask) is not None:
             # A mask that depends on the inputs: the ordinary operations have all its derivatives.
@@ -434,7 +474,8 @@ class _Operations(TorchDispatchMode):
         return self.tracer.record(func, args, kwargs, func)
 
 
-# Ways out of the tensor world that bypass ATen; on a value that depends on x they would lose its derivative silently.
+# Ways out of the tensor world that bypass ATen; on a value that depends on x they would lose its derivative
+# silently.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
 _ESCAPES = {
     Tensor.numpy,
@@ -472,7 +513,8 @@ class _Functions(TorchFunctionMode):
             return args[0].detach()
         elif func in _ESCAPES and isinstance(args[0], Tensor) and tracer.value_of(args[0]) is not None:
             raise UnsupportedOperation(
-                f"{getattr(func, '__name__', func)} takes a tensor that depends on x out of torch {tracer.where()}"
+                f"{getattr(func, '__name__', func)} takes a tensor that depends on x out of torch "
+                f"{tracer.where()}"
             )
         return func(*args, **kwargs)
 
@@ -481,7 +523,9 @@ def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     return (args[0] if args else kwargs["input"]).device.type
 
 
-def _linear_arguments(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+def _linear_arguments(
+    input: Tensor, weight: Tensor, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor | None]:
     return input, weight, bias
 
 
@@ -490,8 +534,8 @@ def trace(
 ) -> tuple[Program, list[LinearMap | None], Tensor]:
     """Run f(x, *bound) once and return its program, the linear map of each node at this point, and the value.
 
-    x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries tangents.
-    Raises UnsupportedOperation for an operation without an exact derivative.
+    x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries
+    tangents. Raises UnsupportedOperation for an operation without an exact derivative.
     """
     tracer = Tracer(kernels)
     # Copies: f may write into its arguments, and the residuals must not change with the caller's tensors.

@@ -1,4 +1,5 @@
-"""Derivatives of single operations: each rule turns one recorded call into the linear map that its tangents go through."""
+"""Derivatives of single operations: each rule turns one recorded call into the linear map that its tangents
+go through."""
 
 from __future__ import annotations
 
@@ -16,8 +17,9 @@ aten = torch.ops.aten
 class Call:
     """One executed operation as a rule sees it.
 
-    `args` and `kwargs` hold the primal tensors, `out` what the operation returned, and `active` the positions in `args` whose tensors
-    carry a tangent: an index, or a pair (index, element) for a tensor inside a list argument.
+    `args` and `kwargs` hold the primal tensors, `out` what the operation returned, and `active` the positions
+    in `args` whose tensors carry a tangent: an index, or a pair (index, element) for a tensor inside a list
+    argument.
     """
 
     op: Any
@@ -38,12 +40,13 @@ class Call:
 class LinearMap:
     """The derivative of one operation at one point, applied to K tangents at once.
 
-    Tensors that the derivative needs from the primal pass (the residuals) are attributes. Tangents and cotangents have a leading
-    axis K in front of the shape of their primal tensor.
+    Tensors that the derivative needs from the primal pass (the residuals) are attributes. Tangents and
+    cotangents have a leading axis K in front of the shape of their primal tensor.
     """
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Push the tangents of the active inputs, each [K, *input shape], to those of the outputs, each [K, *output shape]."""
+        """Push the tangents of the active inputs, each [K, *input shape], to those of the outputs, each [K,
+        *output shape]."""
         raise TypeError(f"{type(self).__name__} defines no jvp")
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -55,7 +58,8 @@ class LinearMap:
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]
 
     def flops(self, k: int) -> int:
-        """Multiplications and additions of the matrix products of a jvp with k tangents (elementwise work is not counted)."""
+        """Multiplications and additions of the matrix products of a jvp with k tangents (elementwise work is
+        not counted)."""
         return 0
 
 
@@ -69,7 +73,8 @@ class Identity(LinearMap):
         return cotangents
 
 
-# A rule gives the linear map of a call, or None when it cannot express it (the autograd fallback is asked then).
+# A rule gives the linear map of a call, or None when it cannot express it (the autograd fallback is asked
+# then).
 Rule = Callable[[Call], "LinearMap | None"]
 RULES: dict[Any, Rule] = {}
 
@@ -120,7 +125,8 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
 
 
 def lift(tangent: Tensor, ndim: int) -> Tensor:
-    """Insert axes of length one behind K, so that a [K, *shape] tangent broadcasts like its primal does against `ndim` axes."""
+    """Insert axes of length one behind K, so that a [K, *shape] tangent broadcasts like its primal does
+    against `ndim` axes."""
     missing = ndim - (tangent.dim() - 1)
     if missing <= 0:
         return tangent
@@ -128,7 +134,8 @@ def lift(tangent: Tensor, ndim: int) -> Tensor:
 
 
 def unbroadcast(cotangent: Tensor, shape: torch.Size) -> Tensor:
-    """Sum a [K, *broadcast shape] cotangent over what was broadcast from `shape`; the transpose of `lift` and expansion."""
+    """Sum a [K, *broadcast shape] cotangent over what was broadcast from `shape`; the transpose of `lift` and
+    expansion."""
     extra = cotangent.dim() - 1 - len(shape)
     if extra:
         cotangent = cotangent.sum(dim=tuple(range(1, 1 + extra)))

@@ -12,7 +12,8 @@ from sharpcore.rules import Call, LinearMap, rule
 
 
 class Attention(LinearMap):
-    """O' = P V' + P (S' - rowsum(P S')) V with S' = scale (Q' K^T + Q K'^T), for the operands that carry tangents."""
+    """O' = P V' + P (S' - rowsum(P S')) V with S' = scale (Q' K^T + Q K'^T), for the operands that carry
+    tangents."""
 
     def __init__(self, call: Call) -> None:
         self.q, self.k, self.v, self.mask, self.scale = call.args
@@ -33,7 +34,15 @@ class Attention(LinearMap):
         if cotangent is None:
             return (None,) * sum(self.active)
         grads = kernels.attention_adjoint(
-            self.q, self.k, self.v, self.out, self.lse, cotangent, mask=self.mask, scale=self.scale, needed=self.active
+            self.q,
+            self.k,
+            self.v,
+            self.out,
+            self.lse,
+            cotangent,
+            mask=self.mask,
+            scale=self.scale,
+            needed=self.active,
         )
         return tuple(grad for grad in grads if grad is not None)
 

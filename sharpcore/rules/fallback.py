@@ -1,4 +1,5 @@
-"""The documented slow way for operations without a rule: PyTorch's own backward formula, differentiated once more for jvp."""
+"""The documented slow way for operations without a rule: PyTorch's own backward formula, differentiated once
+more for jvp."""
 
 from __future__ import annotations
 
@@ -19,13 +20,15 @@ def _tensors(out: Any) -> list[Tensor]:
 class AutogradFallback(LinearMap):
     """The derivative of one operation by autograd, one tangent at a time.
 
-    The backward pass u -> J^T u is linear in u, so its own backward pass maps v to J v. Unlike forward mode this keeps no
-    process-wide level, so several threads may use it at once.
+    The backward pass u -> J^T u is linear in u, so its own backward pass maps v to J v. Unlike forward mode
+    this keeps no process-wide level, so several threads may use it at once.
     """
 
     def __init__(self, call: Call) -> None:
         self.op, self.args, self.kwargs, self.active = call.op, call.args, call.kwargs, call.active
-        self.outputs = [i for i, out in enumerate(_tensors(call.out)) if out.is_floating_point() or out.is_complex()]
+        self.outputs = [
+            i for i, out in enumerate(_tensors(call.out)) if out.is_floating_point() or out.is_complex()
+        ]
         self.like = [out.new_zeros(()).expand(out.shape) for out in _tensors(call.out)]
 
     def residuals(self) -> list[tuple[str, Tensor]]:
@@ -34,7 +37,7 @@ class AutogradFallback(LinearMap):
 
     def _evaluate(self) -> tuple[list[Tensor], list[Tensor]]:
         """Leaves for the active operands and the differentiable outputs, with their graph."""
-        args = [list(arg) if isinstance(arg, (list, tuple)) else arg for arg in self.args]
+        args: list[Any] = [list(arg) if isinstance(arg, (list, tuple)) else arg for arg in self.args]
         leaves = []
         for position in self.active:
             if isinstance(position, int):
@@ -90,7 +93,10 @@ class AutogradFallback(LinearMap):
                 for k in range(tangents[0].shape[0]):
                     if pairs:
                         (pushed,) = torch.autograd.grad(
-                            [grad for grad, _ in pairs], probe, [tangent[k] for _, tangent in pairs], retain_graph=True
+                            [grad for grad, _ in pairs],
+                            probe,
+                            [tangent[k] for _, tangent in pairs],
+                            retain_graph=True,
                         )
                     else:
                         pushed = torch.zeros_like(output)
@@ -104,9 +110,11 @@ class AutogradFallback(LinearMap):
 
 
 def fallback(call: Call, where: str) -> LinearMap:
-    """The autograd derivative of a call; raises UnsupportedOperation, naming it, when PyTorch has no formula for it either.
+    """The autograd derivative of a call; raises UnsupportedOperation, naming it, when PyTorch has no formula
+    for it either.
 
-    Only PyTorch's own operations are taken: a custom operation without a registered derivative would silently give zero.
+    Only PyTorch's own operations are taken: a custom operation without a registered derivative would silently
+    give zero.
     """
     namespace = getattr(call.op, "namespace", None)
     if namespace not in ("aten", "prims") and not getattr(call.op, "__module__", "").startswith("sharpcore."):

@@ -36,7 +36,9 @@ class Convolution(LinearMap):
         folded = cotangent.flatten(0, 1)
         # The backward operation reads only the shape of its input argument.
         like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
-        grad = aten.convolution_backward(folded, like, self.weight, None, *self.geometry, [True, False, False])[0]
+        grad = aten.convolution_backward(
+            folded, like, self.weight, None, *self.geometry, [True, False, False]
+        )[0]
         return (grad.unflatten(0, (k, -1)),)
 
     def flops(self, k: int) -> int:
@@ -47,7 +49,8 @@ class Convolution(LinearMap):
 
 @rule(aten.convolution.default)
 def convolution(call: Call) -> LinearMap | None:
-    # An unbatched convolution reaches ATen with a batch axis already added, and an active weight or bias is no score network's.
+    # An unbatched convolution reaches ATen with a batch axis already added, and an active weight or bias is
+    # no score network's.
     return Convolution(call) if call.active == (0,) else None
 
 
@@ -94,10 +97,16 @@ def _right_product(left: Tensor, tangent: Tensor) -> Tensor:
 
 
 class MatrixProduct(LinearMap):
-    """The derivative of alpha * A @ B (+ beta * C), for batched or plain matrices, in whichever operands carry tangents."""
+    """The derivative of alpha * A @ B (+ beta * C), for batched or plain matrices, in whichever operands
+    carry tangents."""
 
     def __init__(
-        self, a: Tensor | None, b: Tensor | None, bias: Broadcast | None, alpha: float, sizes: tuple[int, int, int, int]
+        self,
+        a: Tensor | None,
+        b: Tensor | None,
+        bias: Broadcast | None,
+        alpha: float,
+        sizes: tuple[int, int, int, int],
     ) -> None:
         self.a = a  # the left factor, kept when the right one is active
         self.b = b  # the right factor, kept when the left one is active
@@ -184,5 +193,3 @@ class Embedding(LinearMap):
 def index_select(call: Call) -> LinearMap | None:
     x, dim, index = call.args
     return Embedding(index, dim, x.shape) if x.dim() else None
-
-

@@ -12,10 +12,18 @@ from sharpcore.rules import Call, LinearMap, aten, rule
 
 
 class GroupNormSilu(LinearMap):
-    """GroupNorm, followed by SiLU or not: one pass over K tangents, from the primal input and its statistics."""
+    """GroupNorm, followed by SiLU or not: one pass over K tangents, from the primal input and its
+    statistics."""
 
     def __init__(
-        self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int, silu: bool
+        self,
+        x: Tensor,
+        mean: Tensor,
+        rstd: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        groups: int,
+        silu: bool,
     ) -> None:
         self.x, self.mean, self.rstd, self.weight, self.bias = x, mean, rstd, weight, bias
         self.groups = groups
@@ -35,7 +43,8 @@ class GroupNormSilu(LinearMap):
 def group_norm_silu(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, n: int, c: int, hw: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The primal of the fused operation: SiLU(GroupNorm(x)) with the mean and reciprocal deviation of each group."""
+    """The primal of the fused operation: SiLU(GroupNorm(x)) with the mean and reciprocal deviation of each
+    group."""
     out, mean, rstd = aten.native_group_norm(x, weight, bias, n, c, hw, groups, eps)
     return aten.silu(out), mean, rstd
 
@@ -45,7 +54,9 @@ def _group_norm(call: Call, silu: bool) -> LinearMap | None:
         return None
     x, weight, bias, *_, groups, _eps = call.args
     _, mean, rstd = call.out
-    return GroupNormSilu(x, mean.view(x.shape[0], groups), rstd.view(x.shape[0], groups), weight, bias, groups, silu)
+    return GroupNormSilu(
+        x, mean.view(x.shape[0], groups), rstd.view(x.shape[0], groups), weight, bias, groups, silu
+    )
 
 
 @rule(aten.native_group_norm.default)

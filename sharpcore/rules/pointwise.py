@@ -1,4 +1,5 @@
-"""Rules of elementwise operations: activations, sums, products, and any operation that PyTorch marks as pointwise."""
+"""Rules of elementwise operations: activations, sums, products, and any operation that PyTorch marks as
+pointwise."""
 
 from __future__ import annotations
 
@@ -63,7 +64,9 @@ class Broadcast(LinearMap):
 class Sum(LinearMap):
     """y' = x1' + c * x2', each broadcast as its primal was."""
 
-    def __init__(self, shapes: tuple[torch.Size, torch.Size], ndim: int, factor: float, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shapes: tuple[torch.Size, torch.Size], ndim: int, factor: float, dtype: torch.dtype
+    ) -> None:
         self.shapes = shapes
         self.ndim = ndim
         self.factor = factor
@@ -148,7 +151,10 @@ def mul(call: Call) -> LinearMap | None:
         return pointwise(call)
     first, second = call.args[0], call.args[1]
     if call.active == (0, 1):
-        scales = (Scale(second.expand(call.out.shape), first.shape), Scale(first.expand(call.out.shape), second.shape))
+        scales = (
+            Scale(second.expand(call.out.shape), first.shape),
+            Scale(first.expand(call.out.shape), second.shape),
+        )
         return SumOfScales(scales, call.out.dim())
     (position,) = call.active
     other = second if position == 0 else first
@@ -194,7 +200,8 @@ def exp(call: Call) -> LinearMap:
 
 @rule("pointwise")
 def pointwise(call: Call) -> LinearMap | None:
-    """The map of any elementwise operation: PyTorch's own derivative with respect to each active operand, taken once as a factor."""
+    """The map of any elementwise operation: PyTorch's own derivative with respect to each active operand,
+    taken once as a factor."""
     out = call.out
     if not isinstance(out, Tensor) or out.is_complex():
         return None
@@ -240,7 +247,8 @@ class PromotedSum(LinearMap):
         if cotangent is None:
             return (None,) * len(self.scales)
         return tuple(
-            unbroadcast(cotangent * scale.factor.to(self.dtype), scale.shape).to(scale.factor.dtype) for scale in self.scales
+            unbroadcast(cotangent * scale.factor.to(self.dtype), scale.shape).to(scale.factor.dtype)
+            for scale in self.scales
         )
 
     def residuals(self) -> list[tuple[str, Tensor]]:

@@ -39,7 +39,13 @@ def reshape(call: Call) -> LinearMap:
     return Identity() if shape == out_shape else Reshape(shape, out_shape)
 
 
-@rule(aten.clone.default, aten.alias.default, aten.lift_fresh.default, aten.contiguous.default, aten.positive.default)
+@rule(
+    aten.clone.default,
+    aten.alias.default,
+    aten.lift_fresh.default,
+    aten.contiguous.default,
+    aten.positive.default,
+)
 def identity(call: Call) -> LinearMap:
     return Identity()
 
@@ -69,7 +75,9 @@ def to_copy(call: Call) -> LinearMap | None:
 class Copied(LinearMap):
     """What `x.copy_(y)` leaves in x: y, broadcast and cast; the old entries do not matter."""
 
-    def __init__(self, shape: torch.Size, source: Tensor, active: tuple[int, ...], dtype: torch.dtype) -> None:
+    def __init__(
+        self, shape: torch.Size, source: Tensor, active: tuple[int, ...], dtype: torch.dtype
+    ) -> None:
         self.expand = Expand(source.shape, shape)
         self.active = active
         self.dtype, self.source_dtype = dtype, source.dtype
@@ -131,7 +139,9 @@ class Expand(LinearMap):
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         (tangent,) = tangents
-        padded = tangent.reshape(tangent.shape[0], *(1,) * (len(self.out_shape) - len(self.shape)), *self.shape)
+        padded = tangent.reshape(
+            tangent.shape[0], *(1,) * (len(self.out_shape) - len(self.shape)), *self.shape
+        )
         return (padded.expand(-1, *self.out_shape),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -152,7 +162,8 @@ def expand(call: Call) -> LinearMap:
 
 
 class Pieces(LinearMap):
-    """Slices of one tensor along one axis, each (start, stop, step), or with the axis dropped where step is 0."""
+    """Slices of one tensor along one axis, each (start, stop, step), or with the axis dropped where step is
+    0."""
 
     def __init__(self, shape: torch.Size, dim: int, pieces: Sequence[tuple[int, int, int]]) -> None:
         self.shape = shape
@@ -175,7 +186,9 @@ class Pieces(LinearMap):
             return (None,)
         if len(present) == len(self.pieces) and len(present) > 1:
             # Several pieces of a split or an unbind: they tile the axis, in order.
-            joined = torch.stack(present, self.dim) if self.pieces[0][2] == 0 else torch.cat(present, self.dim)
+            joined = (
+                torch.stack(present, self.dim) if self.pieces[0][2] == 0 else torch.cat(present, self.dim)
+            )
             return (joined,)
         total = present[0].new_zeros(present[0].shape[0], *self.shape)
         for piece, cotangent in zip(self.pieces, cotangents, strict=True):
@@ -224,7 +237,9 @@ def unbind(call: Call) -> LinearMap:
 class Concatenate(LinearMap):
     """Tensors joined along an axis, those without a tangent as zeros."""
 
-    def __init__(self, shapes: Sequence[torch.Size], active: Sequence[int], dim: int, dtype: torch.dtype) -> None:
+    def __init__(
+        self, shapes: Sequence[torch.Size], active: Sequence[int], dim: int, dtype: torch.dtype
+    ) -> None:
         self.shapes = tuple(shapes)
         self.active = tuple(active)
         self.dim = dim + 1
@@ -274,7 +289,9 @@ class Stack(LinearMap):
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return tuple(None if cotangent is None else cotangent.select(self.dim, position) for position in self.active)
+        return tuple(
+            None if cotangent is None else cotangent.select(self.dim, position) for position in self.active
+        )
 
 
 @rule(aten.stack.default)
@@ -322,7 +339,8 @@ def reduce(call: Call) -> LinearMap | None:
 
 
 class Folded(LinearMap):
-    """A linear operation over trailing axes, run with K folded into the batch axis; its transpose is PyTorch's own backward."""
+    """A linear operation over trailing axes, run with K folded into the batch axis; its transpose is
+    PyTorch's own backward."""
 
     def __init__(self, call: Call) -> None:
         self.op, self.args, self.kwargs = call.op, call.args[1:], call.kwargs
@@ -340,7 +358,9 @@ class Folded(LinearMap):
             return (None,)
         k = cotangent.shape[0]
         with torch.enable_grad():
-            point = cotangent.new_zeros((k * self.shape[0], *self.shape[1:]), dtype=self.dtype).requires_grad_()
+            point = cotangent.new_zeros(
+                (k * self.shape[0], *self.shape[1:]), dtype=self.dtype
+            ).requires_grad_()
             out = self.op(point, *self.args, **self.kwargs)
             (grad,) = torch.autograd.grad(out, point, cotangent.flatten(0, 1))
         return (grad.unflatten(0, (k, -1)),)
@@ -414,10 +434,13 @@ def repeat(call: Call) -> LinearMap:
 class Overlay(LinearMap):
     """A tensor some of whose entries were overwritten in place by those of another one.
 
-    `source[i]` is the flat index in the written tensor that entry i now holds, or -1 where the old entry stays.
+    `source[i]` is the flat index in the written tensor that entry i now holds, or -1 where the old entry
+    stays.
     """
 
-    def __init__(self, source: Tensor, shape: torch.Size, update_shape: torch.Size, active: tuple[int, ...]) -> None:
+    def __init__(
+        self, source: Tensor, shape: torch.Size, update_shape: torch.Size, active: tuple[int, ...]
+    ) -> None:
         self.source = source.flatten()
         self.written = self.source >= 0
         self.shape, self.update_shape = shape, update_shape

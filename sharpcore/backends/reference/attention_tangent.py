@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
 
-# Entries of the largest intermediate of a block: it stays in a CPU's last-level cache, and an N x N matrix never exists.
+# Entries of the largest intermediate of a block: it stays in a CPU's last-level cache, and an N x N matrix
+# never exists.
 _BLOCK_ENTRIES = 1 << 19
 
 
@@ -17,8 +20,9 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, and the log-sum-exp of each row.
 
-    q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S] and is added to the
-    scores. Returns out [..., L, Ev] and lse [..., L]; a row whose scores are all -inf gives zeros and lse = -inf.
+    q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S]
+    and is added to the scores. Returns out [..., L, Ev] and lse [..., L]; a row whose scores are all -inf
+    gives zeros and lse = -inf.
     """
     if q.device.type == "cpu" and q.dim() == 4 and _flash_fits(q, k, v, mask):
         out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -30,14 +34,16 @@ def attention_forward(
         return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
     lse = _row_logsumexp(q, k, mask, scale)
     if q.device.type == "cpu":
-        # A row without any admissible key is NaN in PyTorch's mathematical attention and zero in its fused one.
+        # A row without any admissible key is NaN in PyTorch's mathematical attention and zero in its fused
+        # one.
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
         return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), lse
 
 
 def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
-    """Whether PyTorch's fused CPU attention, which returns the row statistics as well, takes these operands."""
+    """Whether PyTorch's fused CPU attention, which returns the row statistics as well, takes these
+    operands."""
     return (
         q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         and q.dtype == k.dtype == v.dtype
@@ -55,6 +61,16 @@ def _row_logsumexp(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> T
         scores = _scores(q, k, mask, scale, rows)
         lse[..., rows] = torch.logsumexp(scores, -1)
     return lse
+
+
+def _head_blocks(heads: int, length: int, entries_per_row: int) -> list[slice]:
+    """Few enough (batch, head) pairs at a time that blocks of some 64 rows of them fit."""
+    size = max(1, _BLOCK_ENTRIES // max(1, min(length, 64) * entries_per_row))
+    return [slice(start, min(start + size, heads)) for start in range(0, heads, size)]
+
+
+def _part(x: Tensor | None, heads: slice) -> Tensor | None:
+    return x if x is None or x.shape[0] == 1 else x[heads]
 
 
 def _row_blocks(length: int, entries_per_row: int) -> list[slice]:
@@ -103,11 +119,11 @@ def attention_tangent(
 ) -> Tensor:
     """The tangents of attention's output for K tangents of its operands.
 
-    q, k, v, mask, scale as in `attention_forward`, out and lse as it returned them; dq [K, ..., L, E], dk [K, ..., S, E],
-    dv [K, ..., S, Ev], None where an operand carries no tangent. Returns [K, ..., L, Ev].
+    q, k, v, mask, scale as in `attention_forward`, out and lse as it returned them; dq [K, ..., L, E], dk [K,
+    ..., S, E], dv [K, ..., S, Ev], None where an operand carries no tangent. Returns [K, ..., L, Ev].
 
-    With G = P * S' the softmax tangent applied to V is G V - rowsum(G) O: the row sums come from the same product, by a column of
-    ones beside V.
+    With G = P * S' the softmax tangent applied to V is G V - rowsum(G) O: the row sums come from the same
+    product, by a column of ones beside V.
     """
     given = next(t for t in (dq, dk, dv) if t is not None)
     count, batch, length, keys = given.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
@@ -119,31 +135,54 @@ def attention_tangent(
     # Tangents as [g, K, rows, width]: the primal tile of a (batch, head) is shared by its K tangents.
     dq, dk, dv = (None if t is None else _flat(t, 1).transpose(0, 1) for t in (dq, dk, dv))
     result = q.new_empty(g, count, length, width)
+    for heads in _head_blocks(g, length, keys * (count + 1)):
+        operands: Any = [_part(t, heads) for t in (q, k, v, out, lse, dq, dk, dv, mask)]
+        _tangent_of_heads(result[heads], *operands, scale=scale)
+    return result.transpose(0, 1).reshape(count, *batch, length, width)
+
+
+def _tangent_of_heads(
+    result: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    mask: Tensor | None,
+    *,
+    scale: float,
+) -> None:
+    """Write the tangents of some (batch, head) pairs: operands [g, rows, width], tangents and result [g, K,
+    rows, width]."""
+    g, count, length, width = result.shape
+    keys = k.shape[1]
     moving = dq is not None or dk is not None
-    keys_t = k.mT
+    left_all: Tensor | None
+    right: Any
     if dq is not None and dk is not None:
         left_all = torch.cat([dq, q.unsqueeze(1).expand_as(dq)], -1) * scale
         right = torch.cat([k.unsqueeze(1).expand_as(dk), dk], -1).flatten(0, 1).mT
     elif dq is not None:
-        left_all, right = dq * scale, None
+        left_all, right = dq * scale, k.mT
     elif dk is not None:
         left_all, right = None, dk.reshape(g, count * keys, -1).mT
-    v_ones = torch.cat([v, v.new_ones(g, keys, 1)], -1) if moving else None
+    v_ones = torch.cat([v, v.new_ones(g, keys, 1)], -1)
     dv_columns = None if dv is None else dv.permute(0, 2, 1, 3).reshape(g, keys, count * width)
     for rows in _row_blocks(length, g * keys * (count + 1)):
         size = rows.stop - rows.start
         p = _probabilities(_scores(q, k, mask, scale, rows), lse[:, rows])
-        block: Tensor | None = None
+        block: Any = None
         if moving:
             if left_all is None:
                 ds = ((q[:, rows] * scale) @ right).view(g, size, count, keys).transpose(1, 2)
                 weighted = ds * p.unsqueeze(1)
             else:
                 left = left_all[:, :, rows]
-                if right is None:
-                    ds = torch.bmm(left.reshape(g, count * size, -1), keys_t).view(g, count, size, keys)
-                else:
-                    ds = torch.bmm(left.flatten(0, 1), right).view(g, count, size, keys)
+                folded = left.reshape(right.shape[0], -1, left.shape[-1])
+                ds = torch.bmm(folded, right).view(g, count, size, keys)
                 weighted = ds.mul_(p.unsqueeze(1))
             product = torch.bmm(weighted.reshape(g, count * size, keys), v_ones).view(
                 g, count, size, width + 1
@@ -153,7 +192,6 @@ def attention_tangent(
             moved = torch.bmm(p, dv_columns).view(g, size, count, width).transpose(1, 2)
             block = moved if block is None else block.add_(moved)
         result[:, :, rows] = block
-    return result.transpose(0, 1).reshape(count, *batch, length, width)
 
 
 def attention_adjoint(
@@ -170,8 +208,8 @@ def attention_adjoint(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The transpose of `attention_tangent`: K cotangents of the output pulled back to q, k and v.
 
-    cotangent [K, ..., L, Ev]; `needed` says for which of q, k, v a result is wanted. Returns [K, ..., L, E], [K, ..., S, E],
-    [K, ..., S, Ev], None where not needed.
+    cotangent [K, ..., L, Ev]; `needed` says for which of q, k, v a result is wanted. Returns [K, ..., L, E],
+    [K, ..., S, E], [K, ..., S, Ev], None where not needed.
     """
     count, batch, length, keys = cotangent.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
     shapes = (q.shape, k.shape, v.shape)
@@ -185,6 +223,34 @@ def attention_adjoint(
     grad_q = q.new_empty(g, count, length, q.shape[-1]) if need_q else None
     grad_k = q.new_zeros(g, count, keys, q.shape[-1]) if need_k else None
     grad_v = q.new_zeros(g, count, keys, width) if need_v else None
+    for heads in _head_blocks(g, length, keys * (count + 1)):
+        operands: Any = [_part(t, heads) for t in (q, k, v, lse, cot, along, mask)]
+        grads: Any = [_part(t, heads) for t in (grad_q, grad_k, grad_v)]
+        _adjoint_of_heads(*grads, *operands, scale=scale)
+    return tuple(  # type: ignore[return-value]
+        None if grad is None else grad.transpose(0, 1).reshape(count, *shape)
+        for grad, shape in zip((grad_q, grad_k, grad_v), shapes, strict=True)
+    )
+
+
+def _adjoint_of_heads(
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lse: Tensor,
+    cot: Tensor,
+    along: Tensor,
+    mask: Tensor | None,
+    *,
+    scale: float,
+) -> None:
+    """Fill the gradients of some (batch, head) pairs: operands [g, rows, width], cotangents and gradients [g,
+    K, rows, width]."""
+    g, count, length, width = cot.shape
+    keys = k.shape[1]
     for rows in _row_blocks(length, g * keys * (count + 1)):
         size = rows.stop - rows.start
         p = _probabilities(_scores(q, k, mask, scale, rows), lse[:, rows])
@@ -199,7 +265,3 @@ def attention_adjoint(
                 grad_q[:, :, rows] = (ds.view(g, count * size, keys) @ k).view(g, count, size, -1)
             if grad_k is not None:
                 grad_k += ds.mT @ q[:, None, rows]
-    return tuple(  # type: ignore[return-value]
-        None if grad is None else grad.transpose(0, 1).reshape(count, *shape)
-        for grad, shape in zip((grad_q, grad_k, grad_v), shapes, strict=True)
-    )

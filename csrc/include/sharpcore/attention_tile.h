@@ -1,0 +1,183 @@
+// Tiles of attention and the products between them; for kernel sources only.
+//
+// Rows of one operand lie in the lanes of the vectors and entries of the other are broadcast. So the statistics of a
+// row are vectors, nothing is summed across lanes, head sizes need not fill a vector, and the broadcast operand is read
+// where it lies, with whatever strides it has.
+#pragma once
+
+#include <cstdint>
+#include <utility>
+
+#include "sharpcore/attention_tangent.h"
+#include "sharpcore/simd.h"
+
+namespace sharpcore::SHARPCORE_ISA {
+
+using Index = std::int64_t;
+
+// Vectors side by side in a tile.
+constexpr int kAcross = 2;
+
+// Rows in the lanes of a tile.
+template <class T>
+constexpr Index kTileRows = kAcross * kLanes<T>;
+
+// Accumulators of a product are kDown x kAcross vectors: enough to hide the latency of the multiply-adds, few enough
+// to leave registers to the operands.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kDown = 8;
+#else
+constexpr int kDown = 4;
+#endif
+
+template <int number>
+struct Constant {
+    static constexpr int value = number;
+};
+
+// Calls step(first, how many) until 0 ... count - 1 are covered; how many is a compile-time constant, kDown mostly.
+template <class Step>
+inline void in_steps(Index count, Step step) {
+    Index i = 0;
+    for (; i + kDown <= count; i += kDown) step(i, Constant<kDown>{});
+    if constexpr (kDown > 4) {
+        if (i + 4 <= count) {
+            step(i, Constant<4>{});
+            i += 4;
+        }
+    }
+    if (i + 2 <= count) {
+        step(i, Constant<2>{});
+        i += 2;
+    }
+    if (i < count) step(i, Constant<1>{});
+}
+
+template <class T, int down>
+struct Accumulators {
+    Vec<T> at[down][kAcross] = {};
+
+    // at[m] += sum over i of scalars[m * down_stride + i * term_stride] * (row i of `lanes`)
+    inline void add_product(const T* lanes, const T* scalars, Index down_stride, Index term_stride, Index terms) {
+        for (Index i = 0; i < terms; ++i) {
+            Vec<T> row[kAcross];
+#pragma GCC unroll 4
+            for (int h = 0; h < kAcross; ++h) row[h] = load(lanes + i * kTileRows<T> + h * kLanes<T>);
+#pragma GCC unroll 16
+            for (int m = 0; m < down; ++m) {
+                const T scalar = scalars[m * down_stride + i * term_stride];
+#pragma GCC unroll 4
+                for (int h = 0; h < kAcross; ++h) at[m][h] += scalar * row[h];
+            }
+        }
+    }
+};
+
+// exp(x), zero where x < -87.7 (float) or -708.7 (double); for x below 88 or 709.
+template <class T>
+inline Vec<T> exp_or_zero(Vec<T> x) {
+    using C = ExpConstants<T>;
+    using Bits = typename VectorOf<T>::Bits;
+    constexpr T log2e = static_cast<T>(1.4426950408889634);
+    constexpr T low = static_cast<T>(sizeof(T) == 4 ? -88.2 : -709.2);
+    x = x < low ? broadcast(low) : x;
+    const Vec<T> shifted = x * log2e + C::shift;
+    const Vec<T> n = shifted - C::shift;
+    const Vec<T> r = (x - n * C::ln2_high) - n * C::ln2_low;
+    Vec<T> sum = broadcast(static_cast<T>(kInverseFactorials[C::degree]));
+#pragma GCC unroll 16
+    for (int i = C::degree - 1; i >= 0; --i) sum = sum * r + static_cast<T>(kInverseFactorials[i]);
+    Bits power;
+    std::memcpy(&power, &shifted, sizeof(power));
+    power = (power << C::mantissa) + C::one;
+    Vec<T> scale;
+    std::memcpy(&scale, &power, sizeof(scale));
+    return sum * scale;
+}
+
+// A [a0, b0, a1, b1, ...] of the lower (or upper) halves of two vectors.
+#if defined(__clang__) || __GNUC__ >= 12
+template <class T, bool upper, int... lane>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
+    constexpr int lanes = kLanes<T>;
+    return __builtin_shufflevector(a, b, ((upper ? lanes / 2 : 0) + lane / 2 + (lane % 2) * lanes)...);
+}
+#else
+template <class T, bool upper, int... lane>
+inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::integer_sequence<int, lane...>) {
+    constexpr int lanes = kLanes<T>;
+    return __builtin_shuffle(a, b,
+                             typename VectorOf<T>::Bits{((upper ? lanes / 2 : 0) + lane / 2 + (lane % 2) * lanes)...});
+}
+#endif
+
+// Transposes a square of lanes x lanes entries.
+template <class T>
+inline void transpose(Vec<T> (&square)[kLanes<T>]) {
+    constexpr int lanes = kLanes<T>;
+    constexpr auto order = std::make_integer_sequence<int, lanes>{};
+#pragma GCC unroll 8
+    for (int distance = 1; distance < lanes; distance *= 2) {
+        Vec<T> next[lanes];
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes / 2; ++i) {
+            next[2 * i] = interleave<T, false>(square[i], square[i + lanes / 2], order);
+            next[2 * i + 1] = interleave<T, true>(square[i], square[i + lanes / 2], order);
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < lanes; ++i) square[i] = next[i];
+    }
+}
+
+// panel[e][r] = scale * rows[r][e] for e < width, r < kTileRows; zero for r >= count.
+template <class T>
+void pack_panel(T* panel, const T* rows, Index row_stride, Index count, Index width, T scale) {
+    constexpr Index lanes = kLanes<T>;
+    for (Index first = 0; first < kTileRows<T>; first += lanes) {
+        for (Index e = 0; e < width; e += lanes) {
+            // The last square moves back over the one before it, or is read in part where there is none.
+            const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
+            Vec<T> square[lanes] = {};
+            for (Index r = 0; r < lanes && first + r < count; ++r) {
+                const T* row = rows + (first + r) * row_stride + begin;
+                square[r] = scale * (width < lanes ? load_partial(row, width) : load(row));
+            }
+            transpose<T>(square);
+            const Index height = width < lanes ? width : lanes;
+            for (Index i = 0; i < height; ++i) store(panel + (begin + i) * kTileRows<T> + first, square[i]);
+        }
+    }
+}
+
+// Calls write(r, begin, entries, how many) for the rows r < count of a transposed panel[width][kTileRows], piecewise.
+template <class T, class Write>
+inline void unpack_panel(const T* panel, Index count, Index width, Write write) {
+    constexpr Index lanes = kLanes<T>;
+    for (Index first = 0; first < count; first += lanes) {
+        for (Index e = 0; e < width; e += lanes) {
+            const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
+            const Index height = width < lanes ? width : lanes;
+            Vec<T> square[lanes] = {};
+            for (Index i = 0; i < height; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            transpose<T>(square);
+            for (Index r = 0; r < lanes && first + r < count; ++r) write(first + r, begin, square[r], height);
+        }
+    }
+}
+
+// The part of an operand that belongs to one tangent, batch entry and head.
+template <class T>
+struct Rows {
+    const T* data;
+    Index stride;
+
+    Rows(const AttentionOperand& operand, Index tangent, Index batch, Index head)
+        : data(operand.data == nullptr ? nullptr
+                                       : static_cast<const T*>(operand.data) + tangent * operand.count_stride +
+                                             batch * operand.batch_stride + head * operand.head_stride),
+          stride(operand.row_stride) {}
+
+    const T* row(Index index) const { return data + index * stride; }
+};
+
+}  // namespace sharpcore::SHARPCORE_ISA
