@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.errors import InvalidInput, NonFiniteError
+from sharpcore.explain import explain, time_instructions
 from sharpcore.program import Program
 from sharpcore.rules import LinearMap, load_rules
 from sharpcore.trace import trace
@@ -173,9 +174,21 @@ class Linearization:
         self._arrive()
         return self
 
-    def explain(self) -> str:
-        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs per tangent."""
-        return self.program.explain(self._maps)
+    def explain(self, k: int | None = None) -> str:
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs.
+
+        With a number k, each instruction is timed in a jvp with k tangents, and the times are added.
+        Raises InvalidInput when k is not a positive integer.
+        """
+        if k is None:
+            return self.program.explain(self._maps)
+        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+            raise InvalidInput(f"k: expected a positive integer; got {k!r}")
+        self._check_ready()
+        tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
+            seconds = time_instructions(self.program, self._maps, self.backend, tangents)
+        return explain(self.program, self._maps, seconds, k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:
         if len(bound) != len(self._bound):
@@ -220,8 +233,8 @@ class Linearization:
         for tensor, version in self._versions:
             if tensor._version != version:
                 raise InvalidInput(
-                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the network "
-                    "was linearized; linearize it again"
+                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the "
+                    "network was linearized; linearize it again"
                 )
 
     def _name_non_finite(self) -> None:

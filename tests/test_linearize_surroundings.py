@@ -313,3 +313,16 @@ def test_shape_explanation_and_size(net: Small, x: Tensor) -> None:
     assert "attention" in text
     assert linearization.nbytes > 0
     assert sharpcore.linearize(lambda x: 2 * x, x).nbytes <= x.nbytes
+
+
+def test_explanation_with_times(net: Small, x: Tensor) -> None:
+    linearization = linearize(net, x)
+    plain, timed = linearization.explain(), linearization.explain(3)
+    assert " ms " not in plain.splitlines()[0]
+    assert "ms for K = 3" in timed
+    kinds = [line for line in timed.splitlines() if line.startswith("  ") and line.endswith("%")]
+    shares = [float(line.split()[-1].rstrip("%")) for line in kinds]
+    assert abs(sum(shares) - 100) < 0.1 * len(shares)
+    for bad in (0, -1, True, 1.5, "3"):
+        with pytest.raises(InvalidInput, match="k"):
+            linearization.explain(bad)  # type: ignore[arg-type]
