@@ -25,8 +25,9 @@ demo: $(if $(wildcard $(VENV)/editable.stamp),$(VENV)/editable.stamp,$(VENV)/ins
 	HF_HUB_OFFLINE=1 $(BIN)/sharpcore evaluate --memorized $(MODEL)/prompts_mem.txt \
 		--others $(MODEL)/prompts_nonmem.txt --out $(DEMO_OUTPUT) $(EVALUATE_OPTIONS)
 
+# Small tensors gain nothing from threads; two processes of one thread each use the cores better.
 test: $(VENV)/editable.stamp
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile $(PYTEST_ARGS)
 
 lint: $(VENV)/editable.stamp
 	$(BIN)/ruff check .

@@ -8,8 +8,10 @@
 
 #include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
+#include "sharpcore/geglu_tangent.h"
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
+#include "sharpcore/layer_norm_tangent.h"
 
 namespace py = pybind11;
 
@@ -46,6 +48,36 @@ sharpcore::GroupNormSiluArguments group_norm_arguments(Address out, Address vect
             channels_last,
             silu,
             threads};
+}
+
+sharpcore::LayerNormArguments layer_norm_arguments(Address out, Address vectors, Address x, Address mean, Address rstd,
+                                                   Address weight, bool float64, bool columns, std::int64_t count,
+                                                   std::int64_t batch, std::int64_t rows, std::int64_t size,
+                                                   Strides vector_strides, int threads) {
+    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+    return {pointer(out),
+            pointer(vectors),
+            pointer(x),
+            pointer(mean),
+            pointer(rstd),
+            pointer(weight),
+            float64,
+            columns,
+            count,
+            batch,
+            rows,
+            size,
+            vector_strides.first,
+            vector_strides.second,
+            threads};
+}
+
+sharpcore::GegluArguments geglu_arguments(Address out, Address vectors, Address projection, bool float64, bool tanh,
+                                          std::int64_t count, std::int64_t rows, std::int64_t columns,
+                                          std::int64_t out_stride, std::int64_t vector_stride, int threads) {
+    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+    return {pointer(out), pointer(vectors), pointer(projection), float64, tanh, count, rows, columns, out_stride,
+            vector_stride, threads};
 }
 
 using OperandTuple = std::pair<Address, std::array<std::int64_t, 4>>;  // data; strides of count, batch, head, row
@@ -146,4 +178,25 @@ PYBIND11_MODULE(_C, module) {
             }),
         attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides", "scale",
         "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
+
+    const auto define_layer_norm = [&](const char* name, void (*kernel)(const sharpcore::LayerNormArguments&)) {
+        define_kernel(module, name, kernel, layer_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",
+                      "float64", "columns", "count", "batch", "rows", "size", "vector_strides", "threads");
+    };
+    define_layer_norm("layer_norm_tangent", [](const sharpcore::LayerNormArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(layer_norm_tangent, arguments);
+    });
+    define_layer_norm("layer_norm_adjoint", [](const sharpcore::LayerNormArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(layer_norm_adjoint, arguments);
+    });
+    const auto define_geglu = [&](const char* name, void (*kernel)(const sharpcore::GegluArguments&)) {
+        define_kernel(module, name, kernel, geglu_arguments, "out", "vectors", "projection", "float64", "tanh", "count",
+                      "rows", "columns", "out_stride", "vector_stride", "threads");
+    };
+    define_geglu("geglu_tangent", [](const sharpcore::GegluArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(geglu_tangent, arguments);
+    });
+    define_geglu("geglu_adjoint", [](const sharpcore::GegluArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(geglu_adjoint, arguments);
+    });
 }

@@ -27,9 +27,11 @@ def fingerprint(network: torch.nn.Module) -> tuple[Any, ...]:
     return (parameters, buffers, tuple(_settings(name, module) for name, module in network.named_modules()))
 
 
-def _weight(name: str, tensor: torch.Tensor) -> tuple[str, int, int, float]:
+def _weight(name: str, tensor: torch.Tensor) -> tuple[Any, ...]:
     version = 0 if tensor.is_inference() else tensor._version
-    return (name, id(tensor), version, float(tensor.sum(dtype=torch.float64)))
+    # `.to(dtype)` and the like exchange the memory of a parameter, which stays the same object.
+    memory = (tensor.data_ptr(), tensor.dtype, str(tensor.device), tuple(tensor.stride()))
+    return (name, id(tensor), memory, version, float(tensor.sum(dtype=torch.float64)))
 
 
 def _settings(name: str, module: torch.nn.Module) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from sharpcore.program import Node, Program, Ref, TangentStep
 from sharpcore.rules import Call, Identity, LinearMap, aten
 from sharpcore.rules.norm import GroupNormSilu, group_norm_silu
+from sharpcore.rules.pointwise import geglu
 
 # Operations that give side results (statistics) beside their value; their maps speak of the first output
 # alone.
@@ -27,23 +28,68 @@ def only_first_output(op: Any) -> bool:
     return op in _FIRST_OUTPUT_ONLY
 
 
-def fuse(
-    node: Node, call: Call, nodes: list[Node], maps: list[LinearMap | None], producer: dict[int, int]
-) -> tuple[Node, Call] | None:
-    """Rewrite a node that, with the one before it, is a fused operation, so that it reads that one's inputs
-    instead.
+class Fusion:
+    """Rewrites nodes that, with those before them, are a fused operation, so that they read the earlier ones'
+    inputs instead.
 
-    The earlier node stays; if nothing else reads its result, `optimize` removes it.
+    The earlier nodes stay; if nothing else reads their results, `optimize` removes them.
     """
-    if node.op is aten.silu.default and isinstance(node.args[0], Ref):
-        before = producer.get(node.args[0].value)
-        norm = None if before is None else maps[before]
-        if before is not None and isinstance(norm, GroupNormSilu) and not norm.silu:
-            args = nodes[before].args
-            primal = (norm.x, norm.weight, norm.bias, *args[3:])
-            fused = replace(node, op=group_norm_silu, args=args, active=(0,))
-            return fused, Call(group_norm_silu, primal, {}, (call.out, norm.mean, norm.rstd), (0,))
-    return None
+
+    def __init__(self, nodes: list[Node], maps: list[LinearMap | None], producer: dict[int, int]) -> None:
+        self._nodes, self._maps, self._producer = nodes, maps, producer
+        # The last split of a last axis into two halves: its node, what was split, and how often that had been
+        # written in place.
+        self._halved: tuple[int, Tensor, int] | None = None
+
+    def rewrite(self, node: Node, call: Call) -> tuple[Node, Call] | None:
+        """The fused node and its call where the node that is about to be appended ends a fused operation."""
+        if node.op is aten.silu.default:
+            return self._group_norm_silu(node, call)
+        if node.op is aten.mul.Tensor:
+            return self._geglu(node, call)
+        if node.op in (aten.split.Tensor, aten.split_with_sizes.default):
+            self._note_halves(call)
+        return None
+
+    def _group_norm_silu(self, node: Node, call: Call) -> tuple[Node, Call] | None:
+        before = self._producer.get(node.args[0].value) if isinstance(node.args[0], Ref) else None
+        norm = None if before is None else self._maps[before]
+        if before is None or not isinstance(norm, GroupNormSilu) or norm.silu:
+            return None
+        args = self._nodes[before].args
+        primal = (norm.x, norm.weight, norm.bias, *args[3:])
+        fused = replace(node, op=group_norm_silu, args=args, active=(0,))
+        return fused, Call(group_norm_silu, primal, {}, (call.out, norm.mean, norm.rstd), (0,))
+
+    def _note_halves(self, call: Call) -> None:
+        whole = call.args[0]
+        last_axis = call.optional(2, "dim", 0) % whole.dim() == whole.dim() - 1
+        if last_axis and len(call.out) == 2 and call.out[0].shape == call.out[1].shape:
+            self._halved = len(self._nodes), whole, whole._version
+
+    def _geglu(self, node: Node, call: Call) -> tuple[Node, Call] | None:
+        if self._halved is None or node.active != (0, 1):
+            return None
+        split, projection, version = self._halved
+        hidden, gate = self._nodes[split].outputs
+        for i, j in ((0, 1), (1, 0)):
+            before = self._producer.get(node.args[j].value)
+            gelu = None if before is None else self._nodes[before]
+            if (
+                gelu is not None
+                and gelu.op is aten.gelu.default
+                and gelu.args[0].value == gate
+                and node.args[i].value == hidden
+                # The projection still holds what was split, and will: a product that is written into it is
+                # computed from a copy of its half.
+                and projection._version == version
+                and call.args[i].data_ptr() == projection.data_ptr()
+            ):
+                approximate = gelu.kwargs.get("approximate", "none")
+                args = (self._nodes[split].args[0], approximate)
+                fused = replace(node, op=geglu, args=args, active=(0,))
+                return fused, Call(geglu, (projection, approximate), {}, call.out, (0,))
+        return None
 
 
 def replace_residuals(instruction: LinearMap, replacement: Callable[[Tensor], Tensor]) -> None:

@@ -34,6 +34,7 @@ from sharpcore.table import ScoreTable
 
 _FIRST_SEED = 42
 _LAST_SEED = 2**63 - 1
+_MOST_SEEDS = 100_000
 # Samples in one linearization: enough to fill the device. More costs memory without being faster.
 _SAMPLES = {"cpu": 4, "cuda": 32}
 # Prompts that share the recomputed unconditional branch when memory does not hold all seeds at once.
@@ -194,12 +195,14 @@ class SharpnessScorer:
         if not _is_list_of_integers(steps) or not all(0 <= step < count for step in steps):
             raise InvalidInput(f"steps: expected different indices from 0 to {count - 1}; got {steps!r}")
         if _is_integer(seeds):
-            if seeds < 1:
-                raise InvalidInput(f"seeds: expected at least 1; got {seeds}")
-            seeds = range(_FIRST_SEED, _FIRST_SEED + min(seeds, _LAST_SEED))
+            if not 1 <= seeds <= _MOST_SEEDS:
+                raise InvalidInput(
+                    f"seeds: expected a number from 1 to {_MOST_SEEDS}, or a list; got {seeds}"
+                )
+            seeds = range(_FIRST_SEED, _FIRST_SEED + seeds)
         if not _is_list_of_integers(seeds) or not all(0 <= seed <= _LAST_SEED for seed in seeds):
             raise InvalidInput(
-                f"seeds: expected a number, or a list of different integers from 0 to {_LAST_SEED}; got {seeds!r}"
+                f"seeds: expected a number, or a list of different non-negative 64-bit integers; got {seeds!r}"
             )
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
@@ -207,7 +210,9 @@ class SharpnessScorer:
         if latent_size is not None:
             sizes = latent_size if isinstance(latent_size, Sequence) else ()
             if len(sizes) != 2 or not all(_is_integer(n) and n > 0 for n in sizes):
-                raise InvalidInput(f"latent_size: expected (height, width), two positive integers; got {latent_size!r}")
+                raise InvalidInput(
+                    f"latent_size: expected (height, width), two positive integers; got {latent_size!r}"
+                )
             height, width = sizes
         made = tuple(make_metrics(metrics, squared=squared))
         return _Plan(tuple(steps), tuple(seeds), made, units, (channels, height, width))
@@ -218,7 +223,7 @@ class SharpnessScorer:
         start = 0
         while start < len(prompts):
             with self._lock:
-                timesteps = self.timesteps.tolist()
+                timesteps = self.timesteps.double().tolist()
                 if not all(errors[start:]):
                     self._prepare(plan)
                 stop = min(len(prompts), start + self._prompts_per_block(plan))
@@ -267,7 +272,10 @@ class SharpnessScorer:
 
     def _score_all(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
         conditioning = text.encode_prompts(self.pipe, prompts, **self._pixels(plan))
-        result = {step: torch.empty(len(plan.metrics), len(prompts), len(plan.seeds)).double() for step in plan.steps}
+        result = {
+            step: torch.empty(len(plan.metrics), len(prompts), len(plan.seeds)).double()
+            for step in plan.steps
+        }
         group, batch = min(len(plan.seeds), self._capacity(plan)), self._prompts_per_batch(plan)
         for first in range(0, len(plan.seeds), group):
             seeds = plan.seeds[first : first + group]
@@ -307,7 +315,9 @@ class SharpnessScorer:
             self._shared.drop_linearizations()
 
     def _forget(self) -> None:
-        self._memory: tuple[float, float] | None = None  # the budget and what a sample's residuals take, bytes
+        self._memory: tuple[float, float] | None = (
+            None  # the budget and what a sample's residuals take, bytes
+        )
         self._shared = _SharedBranch(self)
         self._conditional = Branch(self.pipe.unet, self.backend)
         self._pair = Branch(self.pipe.unet, self.backend)
@@ -334,7 +344,9 @@ class SharpnessScorer:
         return max(1, self._capacity(plan) // len(plan.seeds))
 
     def _prompts_per_block(self, plan: _Plan) -> int:
-        return self._prompts_per_batch(plan) if self._capacity(plan) >= len(plan.seeds) else _PROMPTS_PER_BLOCK
+        return (
+            self._prompts_per_batch(plan) if self._capacity(plan) >= len(plan.seeds) else _PROMPTS_PER_BLOCK
+        )
 
     # -- one batch: some prompts, some seeds, all steps ---------------------------------------------------------------------------
 
@@ -359,10 +371,14 @@ class SharpnessScorer:
             if step == 0:
                 without, with_prompt, product = self._first_step(x, timestep, conditional, seeds, plan)
             else:
-                without, with_prompt, product = self._later_step(step, x, timestep, conditional, unconditional, plan)
+                without, with_prompt, product = self._later_step(
+                    step, x, timestep, conditional, unconditional, plan
+                )
             if step in plan.steps:
                 evidence = make_evidence(with_prompt - without, product, timestep, scheduler, plan.units)
-                values[step] = compute_metrics(plan.metrics, evidence).unflatten(1, (prompts, len(seeds))).cpu()
+                values[step] = (
+                    compute_metrics(plan.metrics, evidence).unflatten(1, (prompts, len(seeds))).cpu()
+                )
             if step < last:
                 guided = without + self.guidance_scale * (with_prompt - without)
                 latents = advance(scheduler, guided, t, latents, generators)

@@ -88,6 +88,7 @@ class Tracer:
         self.maps: list[LinearMap | None] = []
         self.kinds: list[Kind] = []
         self.producer: dict[int, int] = {}  # value -> index of the node that made it
+        self.fusion = passes.Fusion(self.nodes, self.maps, self.producer)
         self.replayable = True
         self.paused = False
         self._bindings: dict[int, _Binding] = {}
@@ -289,7 +290,7 @@ class Tracer:
         instruction: LinearMap | None = None
         differentiable = [isinstance(o, Tensor) and (o.is_floating_point() or o.is_complex()) for o in outs]
         if active and op not in ZERO_DERIVATIVE and any(differentiable):
-            fused = passes.fuse(node, call, self.nodes, self.maps, self.producer)
+            fused = self.fusion.rewrite(node, call)
             if fused is not None:
                 node, call = fused
             filled = Call(node.op, call.args, call.kwargs, call.out, node.active)

@@ -10,71 +10,86 @@ namespace {
 
 using Arguments = AttentionTangentArguments;
 
-// Keys of a block: two tiles of so many keys fit into the first-level cache beside the panels of small heads.
+// Keys of a block: a tile of so many keys fits into the first-level cache beside the panels of small heads.
 constexpr Index kKeyBlock = 64;
 
-// Scratch memory of a thread is at most about this, or what one tangent needs: see scratch_entries. It depends on the
-// head size and on nothing else.
-constexpr Index kScratchBytes = 384 * 1024;
+// Most tiles of query rows of one task; they share what a block of keys costs to bring into the cache.
+constexpr Index kTiles = 8;
+
+// Scratch memory of a thread is at most about this, or what one tile and one tangent need: so it depends on the head
+// size and on nothing else.
+constexpr Index kScratchBytes = 512 * 1024;
 
 // Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
 constexpr Index kTasksPerThread = 4;
 
-// Scratch memory of one task. Panels have kTileRows columns, one a query row.
+// Scratch memory of one tile. Panels have kTileRows columns, one a query row.
 template <class T>
 struct Scene {
     T* query;        // [width]: scale * q
-    T* probability;  // [kKeyBlock]
-    T* change;       // [kKeyBlock]: G of one tangent
     T* lse;          // [1]
+    T* probability;  // [kKeyBlock]: P of a block of keys
     T* queries;      // per tangent [width]: scale * dq
     T* sums;         // per tangent [1]: rowsum(G)
     T* outputs;      // per tangent [value_width]: P dv + G v
+    Index first_row, rows;
+
+    T* queries_of(Index tangent, Index width) const { return queries + tangent * width * kTileRows<T>; }
+    T* sums_of(Index tangent) const { return sums + tangent * kTileRows<T>; }
+    T* outputs_of(Index tangent, Index value_width) const { return outputs + tangent * value_width * kTileRows<T>; }
 };
 
-template <class T>
-constexpr Index fixed_panels(const AttentionPrimal& p) {
-    return p.width + 2 * kKeyBlock + 1;
+constexpr Index panels_per_tile(const AttentionPrimal& p, Index tangents) {
+    return p.width + 1 + kKeyBlock + tangents * (p.width + 1 + p.value_width);
 }
 
-constexpr Index panels_per_tangent(const AttentionPrimal& p) { return p.width + 1 + p.value_width; }
-
 template <class T>
-Scene<T> carve(void* memory, const AttentionPrimal& p, Index tangents) {
+Scene<T> carve(T* memory, const AttentionPrimal& p, Index tangents) {
     Scene<T> scene;
-    T* next = static_cast<T*>(memory);
     const auto take = [&](Index panels) {
-        T* taken = next;
-        next += panels * kTileRows<T>;
+        T* taken = memory;
+        memory += panels * kTileRows<T>;
         return taken;
     };
     scene.query = take(p.width);
-    scene.probability = take(kKeyBlock);
-    scene.change = take(kKeyBlock);
     scene.lse = take(1);
+    scene.probability = take(kKeyBlock);
     scene.queries = take(tangents * p.width);
     scene.sums = take(tangents);
     scene.outputs = take(tangents * p.value_width);
     return scene;
 }
 
+// Rows of `width` entries, from `first` on, copied to `memory` without gaps.
+template <class T>
+Rows<T> gather(const Rows<T>& rows, T* memory, Index first, Index count, Index width) {
+    constexpr Index chunk = 32 / static_cast<Index>(sizeof(T));
+    for (Index r = 0; r < count; ++r) {
+        const T* from = rows.row(first + r);
+        T* to = memory + r * width;
+        Index e = 0;
+        for (; e + chunk <= width; e += chunk) std::memcpy(to + e, from + e, 32);
+        for (; e < width; ++e) to[e] = from[e];
+    }
+    return Rows<T>(memory, width);
+}
+
 template <class T>
 struct Work {
     const Arguments& arguments;
     const Scratch& scratch;
-    Index tiles, splits;  // of the rows of a head, and of the tangents
+    Index tiles, groups, splits;  // tiles of a task; groups of the rows of a head; splits of the tangents
 };
 
-// tile[key][r] = mask of rows [first_row, first_row + rows) and keys [first_key, first_key + keys)
+// tile[key][r] = mask of the rows of a tile and keys [first_key, first_key + keys)
 template <class T>
-void fill_mask(T* tile, const AttentionPrimal& p, Index batch, Index head, Index first_row, Index rows,
-               Index first_key, Index keys) {
+void fill_mask(const Scene<T>& scene, const AttentionPrimal& p, Index batch, Index head, Index first_key, Index keys) {
     const T* mask = static_cast<const T*>(p.mask) + batch * p.mask_batch_stride + head * p.mask_head_stride +
-                    first_row * p.mask_row_stride + first_key * p.mask_key_stride;
+                    scene.first_row * p.mask_row_stride + first_key * p.mask_key_stride;
     for (Index key = 0; key < keys; ++key)
         for (Index r = 0; r < kTileRows<T>; ++r)
-            tile[key * kTileRows<T> + r] =
-                r < rows ? mask[r * p.mask_row_stride + key * p.mask_key_stride] : T(0);
+            scene.probability[key * kTileRows<T> + r] =
+                r < scene.rows ? mask[r * p.mask_row_stride + key * p.mask_key_stride] : T(0);
 }
 
 // scene.probability = exp(scores - lse); with `masked` it holds the mask before.
@@ -97,22 +112,24 @@ void fill_probability(const Scene<T>& scene, const Rows<T>& k, Index first_key, 
     });
 }
 
-// scene.change = P * scale (dq k^T + q dk^T) of one tangent; its row sums are added to `sums`.
+// change = P * scale (dq k^T + q dk^T) of one tangent; its row sums are added to `sums`.
 template <bool with_query, bool with_key, class T>
-void fill_change(const Scene<T>& scene, const T* query, T* sums, const Rows<T>& k, const Rows<T>& dk, Index first_key,
+void fill_change(T* change, const Scene<T>& scene, Index tangent, const Rows<T>& k, const Rows<T>& dk, Index first_key,
                  Index keys, Index width) {
+    const T* query = scene.queries_of(tangent, width);
+    T* sums = scene.sums_of(tangent);
     in_steps(keys, [&](Index key, auto constant) {
         constexpr int down = decltype(constant)::value;
-        Accumulators<T, down> change;
-        if constexpr (with_query) change.add_product(query, k.row(first_key + key), k.stride, 1, width);
-        if constexpr (with_key) change.add_product(scene.query, dk.row(first_key + key), dk.stride, 1, width);
+        Accumulators<T, down> score;
+        if constexpr (with_query) score.add_product(query, k.row(first_key + key), k.stride, 1, width);
+        if constexpr (with_key) score.add_product(scene.query, dk.row(first_key + key), dk.stride, 1, width);
         for (int h = 0; h < kAcross; ++h) {
             Vec<T> sum{};
 #pragma GCC unroll 16
             for (int m = 0; m < down; ++m) {
                 const Index place = (key + m) * kTileRows<T> + h * kLanes<T>;
-                const Vec<T> product = change.at[m][h] * load(scene.probability + place);
-                store(scene.change + place, product);
+                const Vec<T> product = score.at[m][h] * load(scene.probability + place);
+                store(change + place, product);
                 sum += product;
             }
             store(sums + h * kLanes<T>, load(sums + h * kLanes<T>) + sum);
@@ -122,14 +139,14 @@ void fill_change(const Scene<T>& scene, const T* query, T* sums, const Rows<T>& 
 
 // outputs += P dv + G v over the keys of a block.
 template <bool moving, bool with_value, class T>
-void add_outputs(const Scene<T>& scene, T* outputs, const Rows<T>& v, const Rows<T>& dv, Index first_key, Index keys,
-                 Index value_width) {
+void add_outputs(const T* change, const Scene<T>& scene, Index tangent, const Rows<T>& v, const Rows<T>& dv,
+                 Index first_key, Index keys, Index value_width) {
+    T* outputs = scene.outputs_of(tangent, value_width);
     in_steps(value_width, [&](Index j, auto constant) {
         constexpr int down = decltype(constant)::value;
         Accumulators<T, down> output;
-        if constexpr (with_value)
-            output.add_product(scene.probability, dv.row(first_key) + j, 1, dv.stride, keys);
-        if constexpr (moving) output.add_product(scene.change, v.row(first_key) + j, 1, v.stride, keys);
+        if constexpr (with_value) output.add_product(scene.probability, dv.row(first_key) + j, 1, dv.stride, keys);
+        if constexpr (moving) output.add_product(change, v.row(first_key) + j, 1, v.stride, keys);
 #pragma GCC unroll 16
         for (int m = 0; m < down; ++m) {
             for (int h = 0; h < kAcross; ++h) {
@@ -140,63 +157,39 @@ void add_outputs(const Scene<T>& scene, T* outputs, const Rows<T>& v, const Rows
     });
 }
 
-template <bool with_query, bool with_key, bool with_value, class T>
-void do_task(const void* job, Index task, int slot) noexcept {
-    constexpr bool moving = with_query || with_key;
-    const Work<T>& work = *static_cast<const Work<T>*>(job);
-    const Arguments& a = work.arguments;
+template <bool with_query, class T>
+void prepare(const Scene<T>& scene, const Arguments& a, Index batch, Index head, Index first, Index tangents) {
     const AttentionPrimal& p = a.primal;
-    const Index split = task % work.splits, tile = task / work.splits % work.tiles;
-    const Index part = task / work.splits / work.tiles, batch = part / p.heads, head = part % p.heads;
-    const Index first = split * a.count / work.splits, last = (split + 1) * a.count / work.splits;
-    const Index first_row = tile * kTileRows<T>;
-    const Index rows = p.rows - first_row < kTileRows<T> ? p.rows - first_row : kTileRows<T>;
-
-    const Scene<T> scene = carve<T>(work.scratch.slot(slot), p, last - first);
-    const Rows<T> q(p.q, 0, batch, head), k(p.k, 0, batch, head), v(p.v, 0, batch, head), out(p.out, 0, batch, head);
     const T scale = static_cast<T>(p.scale);
-    pack_panel(scene.query, q.row(first_row), q.stride, rows, p.width, scale);
+    const Rows<T> q(p.q, 0, batch, head);
+    const T* lse = static_cast<const T*>(p.lse) + batch * p.lse_batch_stride + head * p.lse_head_stride;
+    pack_panel(scene.query, q.row(scene.first_row), q.stride, scene.rows, p.width, scale);
     for (Index r = 0; r < kTileRows<T>; ++r) {
-        const T* lse = static_cast<const T*>(p.lse) + batch * p.lse_batch_stride + head * p.lse_head_stride;
-        const T value = r < rows ? lse[(first_row + r) * p.lse_row_stride] : T(0);
+        const T value = r < scene.rows ? lse[(scene.first_row + r) * p.lse_row_stride] : T(0);
         // A row without any admissible key: its scores are all -inf and so its probabilities zero.
         scene.lse[r] = value == -__builtin_inf() ? T(0) : value;
     }
-    for (Index t = 0; t < last - first; ++t) {
-        if constexpr (with_query) {
+    if constexpr (with_query) {
+        for (Index t = 0; t < tangents; ++t) {
             const Rows<T> dq(a.dq, first + t, batch, head);
-            pack_panel(scene.queries + t * p.width * kTileRows<T>, dq.row(first_row), dq.stride, rows, p.width, scale);
-        }
-        for (Index r = 0; r < kTileRows<T>; ++r) scene.sums[t * kTileRows<T> + r] = 0;
-        for (Index i = 0; i < p.value_width * kTileRows<T>; ++i)
-            scene.outputs[t * p.value_width * kTileRows<T> + i] = 0;
-    }
-
-    for (Index key = 0; key < p.keys; key += kKeyBlock) {
-        const Index keys = p.keys - key < kKeyBlock ? p.keys - key : kKeyBlock;
-        if (p.mask != nullptr) {
-            fill_mask(scene.probability, p, batch, head, first_row, rows, key, keys);
-            fill_probability<true>(scene, k, key, keys, p.width);
-        } else {
-            fill_probability<false>(scene, k, key, keys, p.width);
-        }
-        for (Index t = 0; t < last - first; ++t) {
-            const Rows<T> dk(a.dk, first + t, batch, head), dv(a.dv, first + t, batch, head);
-            if constexpr (moving)
-                fill_change<with_query, with_key>(scene, scene.queries + t * p.width * kTileRows<T>,
-                                                  scene.sums + t * kTileRows<T>, k, dk, key, keys, p.width);
-            add_outputs<moving, with_value>(scene, scene.outputs + t * p.value_width * kTileRows<T>, v, dv, key, keys,
-                                            p.value_width);
+            pack_panel(scene.queries_of(t, p.width), dq.row(scene.first_row), dq.stride, scene.rows, p.width, scale);
         }
     }
+    for (Index i = 0; i < tangents * (1 + p.value_width) * kTileRows<T>; ++i) scene.sums[i] = 0;
+}
 
-    for (Index t = 0; t < last - first; ++t) {
+// result = outputs - rowsum(G) out
+template <bool moving, class T>
+void finish(const Scene<T>& scene, const Arguments& a, Index batch, Index head, Index first, Index tangents) {
+    const AttentionPrimal& p = a.primal;
+    const Rows<T> out(p.out, 0, batch, head);
+    for (Index t = 0; t < tangents; ++t) {
         const Rows<T> result(a.result, first + t, batch, head);
-        const T* sums = scene.sums + t * kTileRows<T>;
-        unpack_panel(scene.outputs + t * p.value_width * kTileRows<T>, rows, p.value_width,
+        const T* sums = scene.sums_of(t);
+        unpack_panel(scene.outputs_of(t, p.value_width), scene.rows, p.value_width,
                      [&](Index r, Index begin, Vec<T> entries, Index count) {
-                         const T* mean = out.row(first_row + r) + begin;
-                         T* place = const_cast<T*>(result.row(first_row + r)) + begin;
+                         const T* mean = out.row(scene.first_row + r) + begin;
+                         T* place = const_cast<T*>(result.row(scene.first_row + r)) + begin;
                          if (count == kLanes<T>) {
                              if constexpr (moving) entries -= sums[r] * load(mean);
                              store(place, entries);
@@ -206,6 +199,57 @@ void do_task(const void* job, Index task, int slot) noexcept {
                          }
                      });
     }
+}
+
+template <bool with_query, bool with_key, bool with_value, class T>
+void do_task(const void* job, Index task, int slot) noexcept {
+    constexpr bool moving = with_query || with_key;
+    const Work<T>& work = *static_cast<const Work<T>*>(job);
+    const Arguments& a = work.arguments;
+    const AttentionPrimal& p = a.primal;
+    const Index split = task % work.splits, group = task / work.splits % work.groups;
+    const Index part = task / work.splits / work.groups, batch = part / p.heads, head = part % p.heads;
+    const Index first = split * a.count / work.splits, tangents = (split + 1) * a.count / work.splits - first;
+
+    T* const change = static_cast<T*>(work.scratch.slot(slot));
+    T* memory = change + kKeyBlock * kTileRows<T>;
+    Scene<T> scenes[kTiles];
+    Index tiles = 0;
+    for (Index row = group * work.tiles * kTileRows<T>; tiles < work.tiles && row < p.rows; row += kTileRows<T>) {
+        Scene<T>& scene = scenes[tiles++] = carve<T>(memory, p, tangents);
+        memory += panels_per_tile(p, tangents) * kTileRows<T>;
+        scene.first_row = row;
+        scene.rows = p.rows - row < kTileRows<T> ? p.rows - row : kTileRows<T>;
+        prepare<with_query>(scene, a, batch, head, first, tangents);
+    }
+
+    const Rows<T> k_all(p.k, 0, batch, head), v_all(p.v, 0, batch, head);
+    static T buf[4*kKeyBlock*160];
+    T*b0=buf,*b1=buf+kKeyBlock*p.width, *b2=buf+kKeyBlock*(p.width+p.value_width), *b3=b2+kKeyBlock*p.width;
+    for (Index key = 0; key < p.keys; key += kKeyBlock) {
+        const Index keys = p.keys - key < kKeyBlock ? p.keys - key : kKeyBlock;
+        const Rows<T> k = gather(k_all, b0, key, keys, p.width);
+        const Rows<T> v = gather(v_all, b1, key, keys, p.value_width);
+        for (Index i = 0; i < tiles; ++i) {
+            if (p.mask != nullptr) {
+                fill_mask(scenes[i], p, batch, head, key, keys);
+                fill_probability<true>(scenes[i], k, 0, keys, p.width);
+            } else {
+                fill_probability<false>(scenes[i], k, 0, keys, p.width);
+            }
+        }
+        for (Index t = 0; t < tangents; ++t) {
+            Rows<T> dk(a.dk, first + t, batch, head), dv(a.dv, first + t, batch, head);
+            if constexpr (with_key) dk = gather(dk, b2, key, keys, p.width);
+            if constexpr (with_value) dv = gather(dv, b3, key, keys, p.value_width);
+            for (Index i = 0; i < tiles; ++i) {
+                if constexpr (moving)
+                    fill_change<with_query, with_key>(change, scenes[i], t, k, dk, 0, keys, p.width);
+                add_outputs<moving, with_value>(change, scenes[i], t, v, dv, 0, keys, p.value_width);
+            }
+        }
+    }
+    for (Index i = 0; i < tiles; ++i) finish<moving>(scenes[i], a, batch, head, first, tangents);
 }
 
 template <class T>
@@ -220,23 +264,27 @@ TaskFunction choose_task(const Arguments& a) {
     return do_task<false, false, true, T>;
 }
 
-// Every tangent of a row is computed in the same way however the tangents are split over tasks.
+// Every tangent of a row is computed in the same way however rows and tangents are shared out among tasks.
 template <class T>
 void run(const Arguments& a) {
     const AttentionPrimal& p = a.primal;
-    const Index panel_bytes = kTileRows<T> * static_cast<Index>(sizeof(T));
-    const Index tiles = (p.rows + kTileRows<T> - 1) / kTileRows<T>, tasks = tiles * p.batch * p.heads;
-    Index most = kScratchBytes / (panels_per_tangent(p) * panel_bytes);
-    if (most < 1) most = 1;
-    Index splits = (a.count + most - 1) / most;
+    constexpr Index panel = kTileRows<T> * static_cast<Index>(sizeof(T));
+    const auto bytes = [&](Index tiles, Index tangents) {
+        return (kKeyBlock + tiles * panels_per_tile(p, tangents)) * panel;
+    };
+    Index splits = 1, tiles = 1;
+    while (splits < a.count && bytes(1, (a.count + splits - 1) / splits) > kScratchBytes) ++splits;
+    while (tiles < kTiles && bytes(tiles + 1, (a.count + splits - 1) / splits) <= kScratchBytes) ++tiles;
     const int threads = a.threads > 1 ? a.threads : 1;
-    if (threads > 1 && tasks * splits < kTasksPerThread * threads)
-        splits = (kTasksPerThread * threads + tasks - 1) / tasks;
-    if (splits > a.count) splits = a.count;
-    const Index tangents = (a.count + splits - 1) / splits;
-    const Scratch scratch(threads, (fixed_panels<T>(p) + tangents * panels_per_tangent(p)) * panel_bytes);
-    const Work<T> work{a, scratch, tiles, splits};
-    parallel_for(tasks * splits, threads, choose_task<T>(a), &work);
+    const auto groups = [&] { return (p.rows + tiles * kTileRows<T> - 1) / (tiles * kTileRows<T>); };
+    const auto tasks = [&] { return p.batch * p.heads * groups() * splits; };
+    if (threads > 1) {
+        while (tiles > 1 && tasks() < kTasksPerThread * threads) --tiles;
+        while (splits < a.count && tasks() < kTasksPerThread * threads) ++splits;
+    }
+    const Scratch scratch(threads, bytes(tiles, (a.count + splits - 1) / splits));
+    const Work<T> work{a, scratch, tiles, groups(), splits};
+    parallel_for(tasks(), threads, choose_task<T>(a), &work);
 }
 
 }  // namespace

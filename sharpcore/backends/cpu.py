@@ -78,6 +78,30 @@ def group_norm_silu_adjoint(
     return _group_norm_silu("group_norm_silu_adjoint", cotangent, x, mean, rstd, weight, bias, groups, silu)
 
 
+def layer_norm_tangent(
+    tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
+    return _layer_norm("layer_norm_tangent", tangent, x, mean, rstd, weight, axes)
+
+
+def layer_norm_adjoint(
+    cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
+    return _layer_norm("layer_norm_adjoint", cotangent, x, mean, rstd, weight, axes)
+
+
+def geglu_tangent(tangent: Tensor, projection: Tensor, approximate: str) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
+    return _geglu("geglu_tangent", tangent, projection, approximate)
+
+
+def geglu_adjoint(cotangent: Tensor, projection: Tensor, approximate: str) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
+    return _geglu("geglu_adjoint", cotangent, projection, approximate)
+
+
 def attention_tangent(
     q: Tensor,
     k: Tensor,
@@ -122,7 +146,15 @@ def attention_tangent(
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     kernel.__name__: kernel
-    for kernel in (attention_tangent, group_norm_silu_tangent, group_norm_silu_adjoint)
+    for kernel in (
+        attention_tangent,
+        group_norm_silu_tangent,
+        group_norm_silu_adjoint,
+        layer_norm_tangent,
+        layer_norm_adjoint,
+        geglu_tangent,
+        geglu_adjoint,
+    )
 }
 
 
@@ -252,6 +284,94 @@ def _group_norm_silu(
         threads=torch.get_num_threads(),
     )
     return out
+
+
+def _layer_norm(
+    kernel: str, vectors: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+) -> Tensor:
+    tensors = [t for t in (vectors, x, mean, rstd, weight) if t is not None]
+    native = extension()
+    if native is None or not _computable(tensors):
+        return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, axes)
+    if not 1 <= axes <= x.ndim:
+        raise InvalidInput(f"axes: expected 1 to the {x.ndim} axes of x, got {axes}")
+    if vectors.shape[1:] != x.shape:
+        raise InvalidInput(f"tangent: expected shape [K, *{list(x.shape)}], got {list(vectors.shape)}")
+    statistics = (*x.shape[:-axes], *(1,) * axes)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic.shape != statistics:
+            raise InvalidInput(f"{name}: expected shape {list(statistics)}, got {list(statistic.shape)}")
+    if weight is not None and weight.shape != x.shape[-axes:]:
+        raise InvalidInput(f"weight: expected shape {list(x.shape[-axes:])}, got {list(weight.shape)}")
+
+    out = vectors.new_empty(vectors.shape)
+    if out.numel() == 0:
+        return out
+    # [K, B, rows, C] whose memory is [K, B, C, rows]: tokens that were an image a moment ago.
+    columns = vectors.ndim == 4 and axes == 1 and not _is_dense(vectors.shape[2:], vectors.stride()[2:])
+    columns = columns and _is_dense(vectors.mT.shape[2:], vectors.mT.stride()[2:])
+    if not columns:
+        vectors = _dense_each(vectors)
+    batch = vectors.shape[1] if columns else 1
+    x, mean, rstd = x.contiguous(), mean.contiguous(), rstd.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    getattr(native, kernel)(
+        out=out.data_ptr(),
+        vectors=vectors.data_ptr(),
+        x=x.data_ptr(),
+        mean=mean.data_ptr(),
+        rstd=rstd.data_ptr(),
+        weight=0 if weight is None else weight.data_ptr(),
+        float64=vectors.dtype == torch.float64,
+        columns=columns,
+        count=vectors.shape[0],
+        batch=batch,
+        rows=mean.numel() // batch,
+        size=x.shape[-axes:].numel(),
+        vector_strides=vectors.stride()[:2] if columns else (vectors.stride(0), 0),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _geglu(kernel: str, vectors: Tensor, projection: Tensor, approximate: str) -> Tensor:
+    native = extension()
+    if native is None or not _computable([vectors, projection]):
+        return reference.KERNELS[kernel](vectors, projection, approximate)
+    if approximate not in ("none", "tanh"):
+        raise InvalidInput(f"approximate: expected none or tanh, got {approximate!r}")
+    if projection.ndim < 1 or projection.shape[-1] % 2:
+        raise InvalidInput(f"projection: expected shape [..., 2 C], got {list(projection.shape)}")
+    narrow = torch.Size((*projection.shape[:-1], projection.shape[-1] // 2))
+    adjoint = kernel == "geglu_adjoint"
+    given, returned = (narrow, projection.shape) if adjoint else (projection.shape, narrow)
+    if vectors.ndim < 1 or vectors.shape[1:] != given:
+        name = "cotangent" if adjoint else "tangent"
+        raise InvalidInput(f"{name}: expected shape [K, *{list(given)}], got {list(vectors.shape)}")
+
+    out = vectors.new_empty((vectors.shape[0], *returned))
+    if out.numel() == 0:
+        return out
+    vectors, projection = _dense_each(vectors), projection.contiguous()
+    getattr(native, kernel)(
+        out=out.data_ptr(),
+        vectors=vectors.data_ptr(),
+        projection=projection.data_ptr(),
+        float64=vectors.dtype == torch.float64,
+        tanh=approximate == "tanh",
+        count=vectors.shape[0],
+        rows=narrow[:-1].numel(),
+        columns=narrow[-1],
+        out_stride=out.stride(0),
+        vector_stride=vectors.stride(0),
+        threads=torch.get_num_threads(),
+    )
+    return out
+
+
+def _dense_each(vectors: Tensor) -> Tensor:
+    """[K, ...] of which each of the K lies in memory in this order without gaps: itself if it does."""
+    return vectors if _is_dense(vectors.shape[1:], vectors.stride()[1:]) else vectors.contiguous()
 
 
 def _computable(tensors: list[Tensor]) -> bool:

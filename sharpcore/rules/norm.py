@@ -70,26 +70,21 @@ def fused_group_norm_silu(call: Call) -> LinearMap | None:
 
 
 class LayerNorm(LinearMap):
-    """y' = w (x' - mean x' - xhat mean(xhat x')) / sigma over the trailing axes."""
+    """LayerNorm over trailing axes: one pass over K tangents, from the primal input and its statistics."""
 
-    def __init__(self, xhat: Tensor, rstd: Tensor, weight: Tensor | None, axes: int) -> None:
-        self.xhat, self.rstd, self.weight = xhat, rstd, weight
-        self.axes = tuple(range(-axes, 0))
+    def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int) -> None:
+        self.x, self.mean, self.rstd, self.weight = x, mean, rstd, weight
+        self.axes = axes
+
+    def _apply(self, kernel: Any, tangent: Tensor) -> Tensor:
+        return kernel(tangent, self.x, self.mean, self.rstd, self.weight, self.axes)
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        out = self._normalize(tangents[0])
-        return (out if self.weight is None else out.mul_(self.weight),)
+        return (self._apply(kernels.layer_norm_tangent, tangents[0]),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        if cotangent is None:
-            return (None,)
-        return (self._normalize(cotangent if self.weight is None else cotangent * self.weight),)
-
-    def _normalize(self, tangent: Tensor) -> Tensor:
-        mean = tangent.mean(self.axes, keepdim=True)
-        along = (tangent * self.xhat).mean(self.axes, keepdim=True)
-        return (tangent - mean).addcmul_(self.xhat, along, value=-1).mul_(self.rstd)
+        return (None if cotangent is None else self._apply(kernels.layer_norm_adjoint, cotangent),)
 
 
 @rule(aten.native_layer_norm.default)
@@ -98,7 +93,8 @@ def layer_norm(call: Call) -> LinearMap | None:
         return None
     x, shape, weight, _bias, _eps = call.args
     _, mean, rstd = call.out
-    return LayerNorm((x - mean) * rstd, rstd, weight, len(shape))
+    # Tokens that were an image a moment ago are transposed once here rather than in every product.
+    return LayerNorm(x.contiguous(), mean, rstd, weight, len(shape))
 
 
 class Softmax(LinearMap):

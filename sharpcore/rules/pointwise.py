@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sharpcore.rules import Call, Identity, LinearMap, aten, lift, rule, unbroadcast
@@ -181,6 +182,36 @@ def gelu(call: Call) -> LinearMap:
     x = call.args[0]
     approximate = call.kwargs.get("approximate", "none")
     return Scale(aten.gelu_backward(x.new_ones(()).expand(x.shape), x, approximate=approximate), x.shape)
+
+
+class Geglu(LinearMap):
+    """y = h * gelu(g) of the halves [h | g] of the last axis: one pass over K tangents, from the projection
+    alone."""
+
+    def __init__(self, projection: Tensor, approximate: str) -> None:
+        self.projection = projection
+        self.approximate = approximate
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (kernels.geglu_tangent(tangents[0], self.projection, self.approximate),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,)
+        return (kernels.geglu_adjoint(cotangent, self.projection, self.approximate),)
+
+
+def geglu(projection: Tensor, approximate: str) -> Tensor:
+    """The primal of the fused operation: h * gelu(g) with [h | g] the halves of the last axis."""
+    hidden, gate = projection.chunk(2, -1)
+    return F.gelu(gate, approximate=approximate).mul_(hidden)
+
+
+@rule(geglu)
+def fused_geglu(call: Call) -> LinearMap:
+    projection, approximate = call.args
+    return Geglu(projection, approximate)
 
 
 @rule(aten.sigmoid.default)

@@ -10,10 +10,12 @@ from sharpcore.backends.reference.attention_tangent import (
     attention_forward,
     attention_tangent,
 )
+from sharpcore.backends.reference.geglu_tangent import geglu_adjoint, geglu_tangent
 from sharpcore.backends.reference.group_norm_silu_tangent import (
     group_norm_silu_adjoint,
     group_norm_silu_tangent,
 )
+from sharpcore.backends.reference.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     kernel.__name__: kernel
@@ -23,5 +25,9 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         attention_adjoint,
         group_norm_silu_tangent,
         group_norm_silu_adjoint,
+        layer_norm_tangent,
+        layer_norm_adjoint,
+        geglu_tangent,
+        geglu_adjoint,
     )
 }
