@@ -76,8 +76,8 @@ sharpcore::GegluArguments geglu_arguments(Address out, Address vectors, Address 
                                           std::int64_t count, std::int64_t rows, std::int64_t columns,
                                           std::int64_t out_stride, std::int64_t vector_stride, int threads) {
     const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-    return {pointer(out), pointer(vectors), pointer(projection), float64, tanh, count, rows, columns, out_stride,
-            vector_stride, threads};
+    return {pointer(out), pointer(vectors), pointer(projection), float64,       tanh,   count,
+            rows,         columns,          out_stride,          vector_stride, threads};
 }
 
 using OperandTuple = std::pair<Address, std::array<std::int64_t, 4>>;  // data; strides of count, batch, head, row
@@ -88,9 +88,10 @@ sharpcore::AttentionOperand operand(const OperandTuple& tuple) {
 }
 
 sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const OperandTuple& k, const OperandTuple& v,
-                                            const OperandTuple& out, Address lse, std::array<std::int64_t, 3> lse_strides,
-                                            Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
-                                            bool float64, std::array<std::int64_t, 6> sizes) {
+                                            const OperandTuple& out, Address lse,
+                                            std::array<std::int64_t, 3> lse_strides, Address mask,
+                                            std::array<std::int64_t, 4> mask_strides, double scale, bool float64,
+                                            std::array<std::int64_t, 6> sizes) {
     const auto [batch, heads, rows, keys, width, value_width] = sizes;
     return {operand(q),
             operand(k),
@@ -115,11 +116,13 @@ sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const Operand
             value_width};
 }
 
-sharpcore::AttentionTangentArguments attention_tangent_arguments(
-    OperandTuple q, OperandTuple k, OperandTuple v, OperandTuple out, Address lse,
-    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
-    bool float64, std::array<std::int64_t, 6> sizes, OperandTuple result, OperandTuple dq, OperandTuple dk,
-    OperandTuple dv, std::int64_t count, int threads) {
+sharpcore::AttentionTangentArguments attention_tangent_arguments(OperandTuple q, OperandTuple k, OperandTuple v,
+                                                                 OperandTuple out, Address lse,
+                                                                 std::array<std::int64_t, 3> lse_strides, Address mask,
+                                                                 std::array<std::int64_t, 4> mask_strides, double scale,
+                                                                 bool float64, std::array<std::int64_t, 6> sizes,
+                                                                 OperandTuple result, OperandTuple dq, OperandTuple dk,
+                                                                 OperandTuple dv, std::int64_t count, int threads) {
     return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes),
             operand(result),
             operand(dq),
@@ -170,14 +173,13 @@ PYBIND11_MODULE(_C, module) {
     define_group_norm("group_norm_silu_adjoint", [](const sharpcore::GroupNormSiluArguments& arguments) {
         SHARPCORE_CALL_KERNEL(group_norm_silu_adjoint, arguments);
     });
-    define_kernel(
-        module, "attention_tangent",
-        static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
-            [](const sharpcore::AttentionTangentArguments& arguments) {
-                SHARPCORE_CALL_KERNEL(attention_tangent, arguments);
-            }),
-        attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides", "scale",
-        "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
+    define_kernel(module, "attention_tangent",
+                  static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
+                      [](const sharpcore::AttentionTangentArguments& arguments) {
+                          SHARPCORE_CALL_KERNEL(attention_tangent, arguments);
+                      }),
+                  attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
+                  "scale", "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
 
     const auto define_layer_norm = [&](const char* name, void (*kernel)(const sharpcore::LayerNormArguments&)) {
         define_kernel(module, name, kernel, layer_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",
@@ -193,10 +195,8 @@ PYBIND11_MODULE(_C, module) {
         define_kernel(module, name, kernel, geglu_arguments, "out", "vectors", "projection", "float64", "tanh", "count",
                       "rows", "columns", "out_stride", "vector_stride", "threads");
     };
-    define_geglu("geglu_tangent", [](const sharpcore::GegluArguments& arguments) {
-        SHARPCORE_CALL_KERNEL(geglu_tangent, arguments);
-    });
-    define_geglu("geglu_adjoint", [](const sharpcore::GegluArguments& arguments) {
-        SHARPCORE_CALL_KERNEL(geglu_adjoint, arguments);
-    });
+    define_geglu("geglu_tangent",
+                 [](const sharpcore::GegluArguments& arguments) { SHARPCORE_CALL_KERNEL(geglu_tangent, arguments); });
+    define_geglu("geglu_adjoint",
+                 [](const sharpcore::GegluArguments& arguments) { SHARPCORE_CALL_KERNEL(geglu_adjoint, arguments); });
 }

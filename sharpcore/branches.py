@@ -1,4 +1,4 @@
-"""The two branches of a guided network, with and without the prompt: their predictions, linearizations and differences."""
+"""The two branches of a guided network, with and without the prompt: predictions and linearizations."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ Product = Callable[[Tensor], Tensor]
 class Branch:
     """A network as a function of the latent that is linearized once and then moved from point to point.
 
-    The timestep and the conditioning are inputs of the recorded program, so that other prompts and steps of the same batch size
-    cost a forward pass and no new trace.
+    The timestep and the conditioning are inputs of the recorded program, so that other prompts and steps of
+    the same batch size cost a forward pass and no new trace.
     """
 
     def __init__(self, network: Callable[..., Any], backend: str) -> None:
@@ -33,7 +33,7 @@ class Branch:
         self._layout: Any = None
 
     def at(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Linearization:
-        """The linearized prediction at x [B, ...], timestep [B], conditioning with B rows; valid until the next call."""
+        """The linearized prediction at x [B, ...], timestep [B], B conditionings, until the next call."""
         tensors = list(_tensors(conditioning))
         layout = (_keys(conditioning), [(t.shape, t.dtype, t.device) for t in (x, timestep, *tensors)])
         lin, self._linearization = self._linearization, None
@@ -58,15 +58,15 @@ def predict(network: Callable[..., Any], x: Tensor, timestep: Tensor, conditioni
 def prediction_factor(x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str, units: str) -> Tensor:
     """What the prediction is multiplied with to give the score, broadcastable to x.
 
-    In the difference of two scores at one x the term in x cancels, so this factor alone turns differences of predictions, and of
-    their Jacobians, into those of scores.
+    In the difference of two scores at one x the term in x cancels, so this factor alone turns differences of
+    predictions, and of their Jacobians, into those of scores.
     """
     one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
     return score_from_prediction(one, torch.zeros_like(one), alpha, sigma, prediction_type, units)
 
 
 def pair_product(lin: Linearization) -> Product:
-    """The product of (J with prompt) - (J without) for a linearization of both branches in one batch, those without first."""
+    """The product of (J with prompt) - (J without); both branches are one batch, those without first."""
 
     def product(vectors: Tensor) -> Tensor:
         without, with_prompt = lin.jvp(torch.cat([vectors, vectors]).unsqueeze(0)).squeeze(0).chunk(2)
@@ -80,8 +80,10 @@ def no_product(vectors: Tensor) -> Tensor:
     raise InvalidInput("this metric uses the Hessian's product but does not declare needs_product")
 
 
-def make_evidence(difference: Tensor, product: Product, timestep: Tensor, scheduler: Any, units: str) -> Evidence:
-    """Evidence from a difference of predictions [B, ...] and the product with the difference of their Jacobians."""
+def make_evidence(
+    difference: Tensor, product: Product, timestep: Tensor, scheduler: Any, units: str
+) -> Evidence:
+    """Evidence from a difference of predictions [B, ...] and the product with that of their Jacobians."""
     alpha, sigma = noise_level(scheduler, timestep)
     factor = prediction_factor(difference, alpha, sigma, prediction_type_of(scheduler), units)
     return Evidence(difference * factor, lambda vectors: product(vectors) * factor)
@@ -96,7 +98,7 @@ def scale_model_input(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:
 def advance(
     scheduler: Any, prediction: Tensor, t: Tensor, latents: Tensor, generators: list[torch.Generator]
 ) -> Tensor:
-    """One step of the scheduler as the pipelines take it: eta 0, and a generator for each sample where noise is drawn."""
+    """One step of the scheduler as pipelines take it: eta 0, and a generator for each sample."""
     accepted = inspect.signature(scheduler.step).parameters
     extra = {"generator": generators, "eta": 0.0}
     extra = {name: value for name, value in extra.items() if name in accepted}

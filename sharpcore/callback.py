@@ -20,27 +20,31 @@ from sharpcore.table import ScoreTable
 class SharpnessCallback:
     """A `callback_on_step_end` for diffusers pipelines that records scores, and stops above a threshold.
 
-    Use: `callback = SharpnessCallback(pipe, steps=(1, 10))`, then
-    `pipe(prompt, callback_on_step_end=callback, callback_on_step_end_tensor_inputs=callback.tensor_inputs)` and `callback.table()`.
+    Use: `callback = SharpnessCallback(pipe, steps=(1, 10))`, then `pipe(prompt,
+    callback_on_step_end=callback, callback_on_step_end_tensor_inputs=callback.tensor_inputs)` and
+    `callback.table()`.
 
     Parameters
     ----------
     pipe
         The pipeline that will be called (SD 1.x, 2.x, XL).
     steps
-        Indices of the steps whose incoming latent is scored. diffusers calls back at the end of a step, so the latent entering step
-        i is seen at the end of step i - 1; for step 0 the initial latent has to be given.
+        Indices of the steps whose incoming latent is scored. diffusers calls back at the end of a step, so
+        the latent entering step i is seen at the end of step i - 1; for step 0 the initial latent has to be
+        given.
     latents
         The initial latents [B, C, H, W] that are passed to the pipeline, needed for step 0 only.
     metrics, units, squared, backend
         As in `SharpnessScorer`.
     threshold
-        Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is above it: the
-        pipeline then ends at this step, with the latents as they are. `stopped_at` tells the step.
+        Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is
+        above it: the pipeline then ends at this step, with the latents as they are. `stopped_at` tells the
+        step.
 
-    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own work (without a
-    metric that multiplies with the Hessian, one forward pass of the pair). Raises InvalidInput for bad arguments, UnsupportedModel
-    for a pipeline whose scores are not defined; when called, also NonFiniteError where a score is NaN or infinite.
+    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own
+    work (without a metric that multiplies with the Hessian, one forward pass of the pair). Raises
+    InvalidInput for bad arguments, UnsupportedModel for a pipeline whose scores are not defined; when called,
+    also NonFiniteError where a score is NaN or infinite.
     """
 
     def __init__(
@@ -69,7 +73,9 @@ class SharpnessCallback:
             found = latents.dtype if isinstance(latents, Tensor) else type(latents).__name__
             raise InvalidInput(f"latents: expected a tensor of a floating dtype; got {found}")
         if 0 in steps and latents is None:
-            raise InvalidInput("steps: step 0 is over before the first callback; give the initial latents as latents=")
+            raise InvalidInput(
+                "steps: step 0 is over before the first callback; give the initial latents as latents="
+            )
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
         if threshold is not None and not (isinstance(threshold, (int, float)) and threshold == threshold):
@@ -98,14 +104,15 @@ class SharpnessCallback:
         missing = [name for name in self.tensor_inputs if name not in tensors]
         if missing:
             raise InvalidInput(
-                "callback_on_step_end_tensor_inputs: expected callback.tensor_inputs; missing " + ", ".join(missing)
+                "callback_on_step_end_tensor_inputs: expected callback.tensor_inputs; missing "
+                + ", ".join(missing)
             )
         if pipe is not self.pipe:
             raise InvalidInput("pipe: expected the pipeline that this callback was made for; got another one")
         if float(timestep) != float(pipe.scheduler.timesteps[step]):
             raise UnsupportedModel(
-                f"pipeline {type(pipe).__name__}: it does not run its scheduler from the first timestep on (image to image), so "
-                "the steps of a callback are not those of the scheduler"
+                f"pipeline {type(pipe).__name__}: it does not run its scheduler from the first timestep on "
+                "(image to image), so the steps of a callback are not those of the scheduler"
             )
         if step == 0:
             self._start(tensors["latents"])
@@ -123,7 +130,7 @@ class SharpnessCallback:
         return ScoreTable(self.rows)
 
     def _start(self, latents: Tensor) -> None:
-        """A new generation: its own rows, and nothing kept of the networks, which may have changed since the last one."""
+        """A new generation: its own rows, and nothing kept of networks that may have changed."""
         self.rows, self.stopped_at = [], None
         self._forget()
         count = len(self.pipe.scheduler.timesteps)
@@ -131,7 +138,8 @@ class SharpnessCallback:
             raise InvalidInput(f"steps: this generation has steps 0 to {count - 1}; got {max(self.steps)}")
         if self._first is not None and self._first.shape != latents.shape:
             raise InvalidInput(
-                f"latents: expected those given to the pipeline, {tuple(latents.shape)}; got {tuple(self._first.shape)}"
+                f"latents: expected those given to the pipeline, {tuple(latents.shape)}; "
+                f"got {tuple(self._first.shape)}"
             )
 
     def _forget(self) -> None:
@@ -165,12 +173,17 @@ class SharpnessCallback:
         if self.threshold is not None and max(computed[self.threshold_metric]) > self.threshold:
             self.stopped_at = step
 
-    def _conditionings(self, tensors: dict[str, Any], latents: Tensor) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Without and with the prompt: the pipeline's own embeddings, and the empty prompt (not a negative one)."""
+    def _conditionings(
+        self, tensors: dict[str, Any], latents: Tensor
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Without the prompt (the empty one, not a negative one), and with it (as the pipeline has it)."""
         count, factor = latents.shape[0], self.pipe.vae_scale_factor
         given: dict[str, Any] = {"encoder_hidden_states": tensors["prompt_embeds"]}
         if "add_text_embeds" in tensors:
-            given["added_cond_kwargs"] = {"text_embeds": tensors["add_text_embeds"], "time_ids": tensors["add_time_ids"]}
+            given["added_cond_kwargs"] = {
+                "text_embeds": tensors["add_text_embeds"],
+                "time_ids": tensors["add_time_ids"],
+            }
         given = text.cast_conditioning(given, next(self.pipe.unet.parameters()))
         if tensors["prompt_embeds"].shape[0] == 2 * count:  # guidance: the negative branch comes first
             given = text.select_conditioning(given, slice(count, None))
@@ -193,4 +206,3 @@ def _scaled(scheduler: Any, latents: Tensor, t: Tensor, step: int) -> Tensor:
             scheduler._step_index = before
         if scaled_flag is not None:
             scheduler.is_scale_input_called = scaled_flag
-

@@ -7,6 +7,7 @@ import importlib.resources
 import inspect
 import json
 import re
+import signal
 import sys
 import time
 import warnings
@@ -25,7 +26,8 @@ from sharpcore.journal import Journal, check_output
 from sharpcore.prompts import PromptRow, read_prompts
 from sharpcore.table import ScoreTable, parquet_metadata, write_rows
 
-FIRST_SEED = 42
+# As in sharpcore.pipeline, which is imported only when something is scored: it brings in torch.
+FIRST_SEED, MOST_SEEDS = 42, 100_000
 LABEL = "memorized"
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 _SECONDS_BETWEEN_LINES = 30.0
@@ -44,7 +46,7 @@ class _Group(TyperGroup):
             _say(f"error: {error.filename or ''}{': ' if error.filename else ''}{error.strerror or error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _say("stopped (Ctrl-C)")
+            _say("stopped")
             raise typer.Exit(130) from None
 
 
@@ -211,10 +213,16 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
 def main() -> None:
     """Entry point of the command `sharpcore`."""
+    # A service manager's SIGTERM ends a run as Ctrl-C does: finished rows are assembled.
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
         app()
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _interrupt(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
 
 
 def default_model() -> Path:
@@ -393,7 +401,10 @@ def _model_folder(model: str | None) -> tuple[Path, str]:
         raise UnsupportedModel(
             f"--model {folder}: not a diffusers pipeline: there is no model_index.json in it"
         )
-    parts = [name for name in json.loads(index.read_text(encoding="utf-8")) if not name.startswith("_")]
+    try:
+        parts = [name for name in json.loads(index.read_text(encoding="utf-8")) if not name.startswith("_")]
+    except ValueError as error:
+        raise UnsupportedModel(f"--model {folder}: model_index.json is not readable: {error}") from None
     if "unet" not in parts or not (folder / "unet" / "config.json").is_file():
         raise UnsupportedModel(
             f"--model {folder}: this pipeline has no UNet; its parts are: {', '.join(parts)}"
@@ -426,8 +437,8 @@ def _load(folder: Path, scoring: Scoring) -> Any:
                 pipe.to(device).unet.to(torch.float64)
                 return pipe
             return pipe.to(device, getattr(torch, scoring.dtype))
-    except (OSError, ValueError, RuntimeError, ImportError, AttributeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, TypeError, ValueError, RuntimeError, ImportError, AttributeError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UnsupportedModel(f"--model {folder}: it cannot be loaded: {reason}") from error
 
 
@@ -479,8 +490,8 @@ def _seeds(text: str) -> list[int]:
     numbers = _integers("--seeds", text)
     if "," in text:
         return numbers
-    if numbers[0] < 1:
-        raise InvalidInput(f"--seeds: expected at least one seed, got {text!r}")
+    if not 1 <= numbers[0] <= MOST_SEEDS:
+        raise InvalidInput(f"--seeds: expected a number of seeds from 1 to {MOST_SEEDS}, got {text!r}")
     return [FIRST_SEED + k for k in range(numbers[0])]
 
 

@@ -1,4 +1,4 @@
-"""A cheap fingerprint of a network's state, to notice that it changed since something was computed with it."""
+"""A cheap fingerprint of a network's state, to notice that it has changed between two computations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from sharpcore.errors import NonFiniteError
 def fingerprint(network: torch.nn.Module) -> tuple[Any, ...]:
     """Equal as long as weights, adapters, processors, hooks and settings of the network are the same.
 
-    Weights are compared by in-place version and by their sum, which also moves when something writes through `.data` (as merging
-    a LoRA does); settings are the numbers and strings among the modules' attributes (training mode, the strength of an adapter,
-    FreeU). One read of the weights: small beside a forward pass. Raises NonFiniteError naming a parameter that holds NaN or
-    infinity.
+    Weights are compared by in-place version and by their sum, which also moves when something writes through
+    `.data` (as merging a LoRA does); settings are the numbers and strings among the modules' attributes
+    (training mode, the strength of an adapter, FreeU). One read of the weights: small beside a forward pass.
+    Raises NonFiniteError naming a parameter that holds NaN or infinity.
     """
     with torch.no_grad():
         parameters = tuple(_weight(name, tensor) for name, tensor in network.named_parameters())

@@ -75,9 +75,9 @@ class Linearization:
         self._maps: list[LinearMap | None]
         self._ready = False
         with _plain_precision(x):
-            self.program, self._maps, self.value = trace(self._f, x, bound, self.backend)
+            self.program, self._maps, self.value, parameters = trace(self._f, x, bound, self.backend)
         self._set_point(x, bound)
-        self._versions = _constant_versions(self.program)
+        self._versions = [*parameters, *_constant_versions(self.program)]
         self._arrive()
 
     def _arrive(self) -> None:
@@ -207,6 +207,8 @@ class Linearization:
     def _check_tangents(self, name: str, tangents: Tensor, like: Tensor) -> None:
         if not isinstance(tangents, Tensor):
             raise InvalidInput(f"{name}: expected a tensor; got {type(tangents).__name__}")
+        if tangents.layout is not torch.strided:
+            raise InvalidInput(f"{name}: expected an ordinary (strided) tensor; got layout {tangents.layout}")
         if tangents.device != like.device:
             raise InvalidInput(f"{name}: expected a tensor on {like.device}; got one on {tangents.device}")
         if tangents.dim() != like.dim() + 1 or tangents.shape[1:] != like.shape:
@@ -259,6 +261,8 @@ def _check_point(x: Tensor, like: Tensor | None) -> None:
         raise InvalidInput(f"x: expected a tensor; got {type(x).__name__}")
     if x.device.type == "meta":
         raise InvalidInput("x: expected a tensor with data; got one on the meta device")
+    if x.layout is not torch.strided:
+        raise InvalidInput(f"x: expected an ordinary (strided) tensor; got layout {x.layout}")
     if not x.is_floating_point():
         raise InvalidInput(f"x: expected a floating-point tensor; got {x.dtype}")
     if x.numel() == 0:

@@ -1,4 +1,4 @@
-"""Curvature operators on a linearized score network: its Jacobian, the Hessian of log p, and the difference of two Hessians."""
+"""Curvature operators of a linearized score: its Jacobian, the Hessian of log p, a difference of Hessians."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ class Asymmetry:
 class CurvatureOperator:
     """A square linear operator on tensors of x's shape, given by products with K vectors at once.
 
-    Subclasses define `_multiply` and `_multiply_transposed` on tensors [K, *x.shape]. For a batch of B samples the operator is
-    block-diagonal over the samples: each sample is multiplied with its own curvature, K vectors of all samples in one pass.
+    Subclasses define `_multiply` and `_multiply_transposed` on tensors [K, *x.shape]. For a batch of B
+    samples the operator is block-diagonal over the samples: each sample is multiplied with its own curvature,
+    K vectors of all samples in one pass.
     """
 
     _template: Tensor
@@ -63,8 +64,9 @@ class CurvatureOperator:
     def __matmul__(self, vectors: Tensor) -> Tensor:
         """The operator times one vector or K vectors, in the shape they came in.
 
-        One vector: x.shape or flat [n]. K vectors: [K, *x.shape], flat rows [K, n], or flat columns [n, K]; where [K, n] and
-        [n, K] cannot be told apart (K = n) the vectors are rows. dtype and device are x's. Raises InvalidInput for others.
+        One vector: x.shape or flat [n]. K vectors: [K, *x.shape], flat rows [K, n], or flat columns [n, K];
+        where [K, n] and [n, K] cannot be told apart (K = n) the vectors are rows. dtype and device are x's.
+        Raises InvalidInput for others.
         """
         if not isinstance(vectors, Tensor):
             raise InvalidInput(f"vectors: expected a tensor; got {type(vectors).__name__}")
@@ -72,21 +74,23 @@ class CurvatureOperator:
         columns = False
         if vectors.shape == shape or vectors.shape == (n,):
             rows = vectors.reshape(1, *shape)
-        elif vectors.dim() == len(shape) + 1 and vectors.shape[1:] == shape or vectors.dim() == 2 and vectors.shape[1] == n:
+        elif (vectors.dim() == len(shape) + 1 and vectors.shape[1:] == shape) or (
+            vectors.dim() == 2 and vectors.shape[1] == n
+        ):
             rows = vectors.reshape(-1, *shape) if vectors.numel() else vectors.new_empty(0, *shape)
         elif vectors.dim() == 2 and vectors.shape[0] == n:
             columns = True
             rows = vectors.mT.reshape(-1, *shape) if vectors.numel() else vectors.new_empty(0, *shape)
         else:
             raise InvalidInput(
-                f"vectors: expected shape {tuple(shape)}, (K, {', '.join(map(str, shape))}), ({n},), (K, {n}) or ({n}, K); "
-                f"got {tuple(vectors.shape)}"
+                f"vectors: expected shape {tuple(shape)}, (K, {', '.join(map(str, shape))}), "
+                f"({n},), (K, {n}) or ({n}, K); got {tuple(vectors.shape)}"
             )
         out = self._multiply(rows)
         return out.reshape(out.shape[0], n).mT if columns else out.reshape(vectors.shape)
 
     def to_scipy(self) -> LinearOperator:
-        """This operator for scipy.sparse.linalg (eigsh, svds, ...): numpy vectors [n] or columns [n, K] in x's dtype.
+        """This operator for scipy.sparse.linalg (eigsh, svds): vectors [n] or columns [n, K] of x's dtype.
 
         float16 and bfloat16 products are given to scipy as float32. Raises MissingDependency without scipy.
         """
@@ -116,8 +120,9 @@ class CurvatureOperator:
     def asymmetry(self, probes: int = 8, *, seed: int = 0) -> Asymmetry:
         """How far the operator is from symmetric, ||A - A^T||_F / ||A||_F, estimated with Gaussian probes.
 
-        `probes` is the number of random vectors (each costs a product and a transposed product), `seed` that of a generator of
-        its own. Raises InvalidInput for fewer than 2 probes. Hutchinson's estimator: E||A z||^2 = ||A||_F^2.
+        `probes` is the number of random vectors (each costs a product and a transposed product), `seed` that
+        of a generator of its own. Raises InvalidInput for fewer than 2 probes. Hutchinson's estimator: E||A
+        z||^2 = ||A||_F^2.
         """
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
             raise InvalidInput(f"probes: expected an integer of at least 2; got {probes!r}")
@@ -158,16 +163,19 @@ class _Transposed(CurvatureOperator):
 
 
 class ScoreJacobian(CurvatureOperator):
-    """The Jacobian J of a linearized score function, as the network has it: a learned J is not exactly symmetric.
+    """The Jacobian J of a linearized score function as it is: that of a network is not exactly symmetric.
 
-    `linearization` comes from `linearize(score, x)`; units are those of the score function. Raises InvalidInput when the value's
-    shape is not x's.
+    `linearization` comes from `linearize(score, x)`; units are those of the score function. Raises
+    InvalidInput when the value's shape is not x's.
     """
 
     def __init__(self, linearization: Linearization) -> None:
         if not isinstance(linearization, Linearization):
             raise InvalidInput(f"linearization: expected a Linearization; got {type(linearization).__name__}")
-        if linearization.value.shape != linearization.x.shape or linearization.value.dtype != linearization.x.dtype:
+        if (
+            linearization.value.shape != linearization.x.shape
+            or linearization.value.dtype != linearization.x.dtype
+        ):
             raise InvalidInput(
                 "linearization: a score has the shape and dtype of x; "
                 f"got value {tuple(linearization.value.shape)} {linearization.value.dtype} "
@@ -200,7 +208,8 @@ class _Symmetric(CurvatureOperator):
 class Hessian(_Symmetric):
     """The Hessian of log p_t at a point: the symmetric part (J + J^T) / 2 of the score's Jacobian.
 
-    A product costs one jvp and one vjp. For a true gradient both are the same; `asymmetry` tells how far the network is from one.
+    A product costs one jvp and one vjp. For a true gradient both are the same; `asymmetry` tells how far the
+    network is from one.
     """
 
     def __init__(self, linearization: Linearization) -> None:
@@ -221,16 +230,18 @@ class Hessian(_Symmetric):
 class HessianDifference(_Symmetric):
     """H(x, prompt) - H(x, no prompt): the Hessian of log p_t(prompt | x) up to a constant, by Bayes' rule.
 
-    `conditional` and `unconditional` are linearizations at the same x. The symmetric part is meant, as in `Hessian`; the metric
-    `hessian_score_difference` multiplies with the plain Jacobians, `jacobian` here, as in arXiv 2412.04140. Raises InvalidInput
-    when the two points differ.
+    `conditional` and `unconditional` are linearizations at the same x. The symmetric part is meant, as in
+    `Hessian`; the metric `hessian_score_difference` multiplies with the plain Jacobians, `jacobian` here, as
+    in arXiv 2412.04140. Raises InvalidInput when the two points differ.
     """
 
     def __init__(self, conditional: Linearization, unconditional: Linearization) -> None:
         self.conditional, self.unconditional = Hessian(conditional), Hessian(unconditional)
         first, second = conditional.x, unconditional.x
         if (first.dtype, first.device) != (second.dtype, second.device) or not torch.equal(first, second):
-            raise InvalidInput("conditional, unconditional: expected linearizations at the same x; their points differ")
+            raise InvalidInput(
+                "conditional, unconditional: expected linearizations at the same x; their points differ"
+            )
 
     @property
     def _template(self) -> Tensor:  # type: ignore[override]

@@ -115,6 +115,8 @@ def optimize(program: Program, maps: list[LinearMap | None]) -> list[LinearMap |
     kept = [i for i in range(len(program.nodes)) if i in primal]
     program.nodes = [program.nodes[i] for i in kept]
     maps = [maps[i] if i in linear else None for i in kept]
+    for node, instruction in zip(program.nodes, maps, strict=True):
+        node.linear = instruction is not None
     _plan_tangents(program, maps)
     _plan_primal(program)
     return maps

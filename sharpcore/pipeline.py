@@ -1,4 +1,4 @@
-"""SharpnessScorer: scores of the prompts of a diffusers pipeline, batched over prompts and seeds, nothing computed twice."""
+"""SharpnessScorer: scores of a diffusers pipeline's prompts, in batches, nothing computed twice."""
 
 from __future__ import annotations
 
@@ -32,14 +32,15 @@ from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, schedule
 from sharpcore.table import ScoreTable
 
-_FIRST_SEED = 42
+FIRST_SEED = 42
 _LAST_SEED = 2**63 - 1
-_MOST_SEEDS = 100_000
+MOST_SEEDS = 100_000
 # Samples in one linearization: enough to fill the device. More costs memory without being faster.
 _SAMPLES = {"cpu": 4, "cuda": 32}
 # Prompts that share the recomputed unconditional branch when memory does not hold all seeds at once.
 _PROMPTS_PER_BLOCK = 16
-# Bytes that a pass needs beside the residuals (activations, tangents), as a multiple of them; measured on SD 1.4 and the tiny model.
+# Bytes that a pass needs beside the residuals (activations, tangents), as a multiple of them; measured on SD
+# 1.4 and the tiny model.
 _WORKSPACE = 1.5
 
 
@@ -75,9 +76,10 @@ class SharpnessScorer:
     memory_budget
         Bytes that residuals and workspace may take; by default half of what is free on the device.
 
-    The linearization of the unconditional branch at the first step is kept between calls, per set of seeds: it is the same for
-    every prompt. It is made anew when the UNet, a text encoder or the scheduler has changed. Calls from several threads wait for
-    each other. Raises UnsupportedModel for a pipeline whose scores are not defined, InvalidInput for bad arguments.
+    The linearization of the unconditional branch at the first step is kept between calls, per set of seeds:
+    it is the same for every prompt. It is made anew when the UNet, a text encoder or the scheduler has
+    changed. Calls from several threads wait for each other. Raises UnsupportedModel for a pipeline whose
+    scores are not defined, InvalidInput for bad arguments.
     """
 
     def __init__(
@@ -123,7 +125,7 @@ class SharpnessScorer:
         on_error: str = "raise",
         latent_size: tuple[int, int] | None = None,
     ) -> ScoreTable:
-        """Score every prompt at every step: one row each, with mean, standard error and values over the seeds.
+        """Score every prompt at every step: one row each, with mean, standard error and values of the seeds.
 
         Parameters
         ----------
@@ -139,18 +141,27 @@ class SharpnessScorer:
         units
             "score" (the gradient of log p) or "eps" (the predicted noise and its Jacobian).
         squared
-            Whether `hessian_score_difference` is ||H_D s_D||^2 as in the paper, or without the square as in its released code.
+            Whether `hessian_score_difference` is ||H_D s_D||^2 as in the paper, or without the square as in
+            its released code.
         on_error
-            "raise", or "record": a prompt that cannot be scored (blank, or one for which the network is not finite) gives a row
-            with its `error`, and the others are scored.
+            "raise", or "record": a prompt that cannot be scored (blank, or one for which the network is not
+            finite) gives a row with its `error`, and the others are scored.
         latent_size
             Height and width of the latent; by default those that the UNet was trained with.
 
-        Raises InvalidInput for bad arguments or prompts (with on_error="raise"), NonFiniteError when a weight or a score is NaN
-        or infinite, OutOfMemory when not even one sample fits.
+        Raises InvalidInput for bad arguments or prompts (with on_error="raise"), NonFiniteError when a weight
+        or a score is NaN or infinite, OutOfMemory when not even one sample fits.
         """
-        options = dict(steps=steps, seeds=seeds, metrics=metrics, units=units, squared=squared)
-        blocks = self.iterate(prompts, on_error=on_error, latent_size=latent_size, **options)  # type: ignore[arg-type]
+        blocks = self.iterate(
+            prompts,
+            steps=steps,
+            seeds=seeds,
+            metrics=metrics,
+            units=units,
+            squared=squared,
+            on_error=on_error,
+            latent_size=latent_size,
+        )
         return ScoreTable([row for block in blocks for row in block])
 
     def iterate(
@@ -165,7 +176,7 @@ class SharpnessScorer:
         on_error: str = "raise",
         latent_size: tuple[int, int] | None = None,
     ) -> Iterator[list[dict[str, Any]]]:
-        """As a call, but yields the rows of a few prompts at a time, in order, as soon as they are computed."""
+        """As a call, but yields the rows of a few prompts at a time, in order, once they are computed."""
         plan = self._plan(steps, seeds, metrics, units, squared, latent_size)
         if on_error not in ("raise", "record"):
             raise InvalidInput(f"on_error: expected 'raise' or 'record'; got {on_error!r}")
@@ -185,7 +196,7 @@ class SharpnessScorer:
         with self._lock:
             self._forget()
 
-    # -- one call -------------------------------------------------------------------------------------------------------------
+    # -- one call --------------------------------------------------------------------------------------------
 
     def _plan(
         self, steps: Any, seeds: Any, metrics: Any, units: str, squared: bool, latent_size: Any
@@ -195,14 +206,12 @@ class SharpnessScorer:
         if not _is_list_of_integers(steps) or not all(0 <= step < count for step in steps):
             raise InvalidInput(f"steps: expected different indices from 0 to {count - 1}; got {steps!r}")
         if _is_integer(seeds):
-            if not 1 <= seeds <= _MOST_SEEDS:
-                raise InvalidInput(
-                    f"seeds: expected a number from 1 to {_MOST_SEEDS}, or a list; got {seeds}"
-                )
-            seeds = range(_FIRST_SEED, _FIRST_SEED + seeds)
+            if not 1 <= seeds <= MOST_SEEDS:
+                raise InvalidInput(f"seeds: expected a number from 1 to {MOST_SEEDS}, or a list; got {seeds}")
+            seeds = range(FIRST_SEED, FIRST_SEED + seeds)
         if not _is_list_of_integers(seeds) or not all(0 <= seed <= _LAST_SEED for seed in seeds):
             raise InvalidInput(
-                f"seeds: expected a number, or a list of different non-negative 64-bit integers; got {seeds!r}"
+                f"seeds: expected a number, or a list of different integers of at least 0; got {seeds!r}"
             )
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
@@ -241,7 +250,7 @@ class SharpnessScorer:
             start = stop
 
     def _score_each(self, prompts: list[str], plan: _Plan, record: bool) -> list[dict[int, Tensor] | str]:
-        """For each prompt its metrics [metric, seed] by step or, with `record`, the sentence that says why there are none."""
+        """For each prompt its metrics [metric, seed] by step or, with `record`, why there are none."""
         try:
             values = self._score_block(prompts, plan)
         except NonFiniteError as error:
@@ -286,10 +295,10 @@ class SharpnessScorer:
                     result[step][:, rows, first : first + len(seeds)] = values
         return result
 
-    # -- memory ---------------------------------------------------------------------------------------------------------------
+    # -- memory ----------------------------------------------------------------------------------------------
 
     def _prepare(self, plan: _Plan) -> None:
-        """Forget what was computed in another state of the pipeline, and learn how much memory one sample takes."""
+        """Forget what another state of the pipeline gave, and learn how much memory one sample takes."""
         scheduler = self.pipe.scheduler
         encoders = [getattr(self.pipe, name, None) for name in ("text_encoder", "text_encoder_2")]
         networks = [network for network in (self.pipe.unet, *encoders) if network is not None]
@@ -336,7 +345,8 @@ class SharpnessScorer:
         if self._memory is None or not plan.products_at:
             return most
         budget, sample = self._memory
-        # At the first step the unconditional residuals stay beside those of the conditional batch; later both are one batch.
+        # At the first step the unconditional residuals stay beside those of the conditional batch; later both
+        # are one batch.
         kept = 2 * (0 in plan.products_at) + 2 * (max(plan.products_at) > 0)
         return max(1, int(min(most, budget / (sample * (kept + _WORKSPACE)))))
 
@@ -348,7 +358,7 @@ class SharpnessScorer:
             self._prompts_per_batch(plan) if self._capacity(plan) >= len(plan.seeds) else _PROMPTS_PER_BLOCK
         )
 
-    # -- one batch: some prompts, some seeds, all steps ---------------------------------------------------------------------------
+    # -- one batch: some prompts, some seeds, all steps ------------------------------------------------------
 
     @torch.no_grad()
     def _score_batch(
@@ -357,7 +367,8 @@ class SharpnessScorer:
         prompts = next(iter(conditional.values())).shape[0]
         count = prompts * len(seeds)
         scheduler = self._trajectory_scheduler()
-        # One generator a sample, as if each were generated alone; stochastic schedulers go on drawing from it.
+        # One generator a sample, as if each were generated alone; stochastic schedulers go on drawing from
+        # it.
         generators = [torch.Generator("cpu").manual_seed(seed) for _ in range(prompts) for seed in seeds]
         latents = self._initial_latents(generators, scheduler, plan)
         repeated = [i for i in range(prompts) for _ in seeds]
@@ -387,7 +398,7 @@ class SharpnessScorer:
     def _first_step(
         self, x: Tensor, timestep: Tensor, conditional: text.Conditioning, seeds: tuple[int, ...], plan: _Plan
     ) -> tuple[Tensor, Tensor, Product]:
-        """The predictions without and with the prompt, and the product with the difference of their Jacobians."""
+        """Predictions without and with the prompt, and the product with the difference of their Jacobians."""
         prompts = x.shape[0] // len(seeds)
         if 0 not in plan.products_at:
             without = self._shared.prediction(seeds, plan).repeat(prompts, 1, 1, 1)
@@ -425,22 +436,27 @@ class SharpnessScorer:
         without, with_prompt = lin.value.chunk(2)
         return without, with_prompt, pair_product(lin)
 
-    # -- small parts --------------------------------------------------------------------------------------------------------------
+    # -- small parts -----------------------------------------------------------------------------------------
 
     @property
     def _device(self) -> torch.device:
         return next(self.pipe.unet.parameters()).device
 
     def _initial_latents(self, generators: list[torch.Generator], scheduler: Any, plan: _Plan) -> Tensor:
-        latents = torch.cat([torch.randn((1, *plan.shape), generator=generator) for generator in generators])
-        latents = latents.to(self._device, next(self.pipe.unet.parameters()).dtype)
+        # Drawn the same whatever the process's default dtype and device are.
+        noise = [
+            torch.randn((1, *plan.shape), generator=generator, dtype=torch.float32, device="cpu")
+            for generator in generators
+        ]
+        latents = torch.cat(noise).to(self._device, next(self.pipe.unet.parameters()).dtype)
         return latents * getattr(scheduler, "init_noise_sigma", 1.0)
 
     def _trajectory_scheduler(self) -> Any:
-        """A scheduler of its own (multistep ones keep a history), in the network's precision where that is float64."""
+        """A scheduler of its own (multistep ones keep a history), in float64 where the network is."""
         scheduler = schedule(self.pipe.scheduler, self.num_inference_steps)
         if next(self.pipe.unet.parameters()).dtype is torch.float64:
-            # Schedulers hold float32 tables; their square roots would limit a float64 trajectory to single precision.
+            # Schedulers hold float32 tables; their square roots would limit a float64 trajectory to single
+            # precision.
             for name, table in vars(scheduler).items():
                 if isinstance(table, Tensor) and table.dtype is torch.float32 and name != "timesteps":
                     setattr(scheduler, name, table.double())
@@ -454,8 +470,8 @@ class SharpnessScorer:
         dropped = text.dropped_tokens(self.pipe, prompt)
         if dropped:
             warnings.warn(
-                f"prompts[{index}] is longer than the tokenizer's window: its last {dropped} tokens are ignored, "
-                "as the pipeline itself does",
+                f"prompts[{index}] is longer than the tokenizer's window: its last {dropped} tokens are "
+                "ignored, as the pipeline itself does",
                 UserWarning,
                 stacklevel=2,
             )
@@ -471,7 +487,7 @@ class SharpnessScorer:
 
 
 class _SharedBranch:
-    """The unconditional branch at the first step, for one latent shape: the same for every prompt, computed once for each seed."""
+    """The unconditional branch at the first step: the same for every prompt, computed once for each seed."""
 
     def __init__(self, scorer: SharpnessScorer) -> None:
         self._scorer = scorer
@@ -528,6 +544,10 @@ def _prompt_error(index: int, prompt: Any) -> str | None:
         return f"prompts[{index}]: expected a string; got {type(prompt).__name__}"
     if not prompt.strip():
         return f"prompts[{index}]: expected words; got an empty or blank prompt"
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        return f"prompts[{index}]: expected Unicode text; got a lone surrogate at character {error.start}"
     return None
 
 

@@ -36,6 +36,7 @@ class Node:
     outputs: tuple[int | None, ...]
     module: str
     shapes: tuple[tuple[int, ...], ...] = ()
+    linear: bool = False  # whether a product runs its derivative, so that a replay builds its map
 
     def refs(self) -> list[int]:
         """The values that the operation reads."""
@@ -117,10 +118,9 @@ class Program:
         values = dict(zip((self.x, *self.bound), inputs, strict=True))
         for index, node in enumerate(self.nodes):
             args = node.fill(values)
-            maps_here = maps[index] is not None
             maps[index] = None  # the old residuals go before the new ones come
             out = node.run(kernels, args)
-            if maps_here:
+            if node.linear:
                 maps[index] = build_map(node, Call(node.op, args, node.kwargs, out, node.active), rules)
             for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
                 if value is not None:

@@ -18,11 +18,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
-from sharpcore.errors import InvalidInput, UnsupportedOperation
+from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.program import Node, Program, Ref, build_map
-from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, load_rules
+from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, autograd_enabled, load_rules
 from sharpcore.rules.attention import additive_mask
 from sharpcore.rules.shape import overlay
+
+_BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 
 
 class Kind(Enum):
@@ -48,9 +50,12 @@ class _WrittenStorage:
     """A storage that was written in place with recorded values: where, and with which value."""
 
     storage: Any  # held, so that its address is not reused during the trace
-    writes: list[tuple[int, torch.Size, tuple[int, ...], int]] = field(
-        default_factory=list
-    )  # value, size, stride, offset
+    # Each write: value, size, stride, offset, bytes of an entry.
+    writes: list[tuple[int, torch.Size, tuple[int, ...], Any, int]] = field(default_factory=list)
+
+    def add(self, value: int, target: Tensor) -> None:
+        geometry = (target.size(), target.stride(), target.storage_offset(), target.element_size())
+        self.writes.append((value, *geometry))
 
 
 def _leaves(args: Sequence[Any]) -> Iterator[tuple[int | tuple[int, int], Tensor]]:
@@ -90,12 +95,18 @@ class Tracer:
         self.producer: dict[int, int] = {}  # value -> index of the node that made it
         self.fusion = passes.Fusion(self.nodes, self.maps, self.producer)
         self.replayable = True
+        # Every parameter that was read, also by operations that are constants of the derivative.
+        self.parameters: dict[int, tuple[Tensor, int]] = {}
+        self.failure: SharpcoreError | None = None
         self.paused = False
+        self._running = False  # inside the caller's own operation, whose exceptions are the caller's
         self._bindings: dict[int, _Binding] = {}
         self._written: dict[int, _WrittenStorage] = {}
         # Storages that hold recorded values. A weak reference keeps the address from being reused, not the
         # memory alive.
         self._dependent: dict[int, StorageWeakRef] = {}
+        self._active: set[int] = set()  # storages that hold values with a tangent
+        self._detached: set[int] = set()  # values without a tangent that share the memory of one with it
         self._captured: set[int] = set()  # storages that nodes or maps refer to
         self._names: dict[int, str] = {}
         self._root: Any = None
@@ -114,6 +125,8 @@ class Tracer:
             storage = _storage_key(tensor)
             if storage not in self._dependent:
                 self._dependent[storage] = StorageWeakRef(tensor.untyped_storage())
+            if self.kinds[value] is Kind.ACTIVE:
+                self._active.add(storage)
         written = self._written.get(storage) if storage is not None else None
         key = id(tensor)
         bindings = self._bindings
@@ -150,7 +163,11 @@ class Tracer:
         value = binding.value if binding else None
         start = binding.writes if binding else 0
         geometry = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        for update, size, stride, offset in written.writes[start:]:
+        for update, size, stride, offset, itemsize in written.writes[start:]:
+            if itemsize != tensor.element_size():
+                raise UnsupportedOperation(
+                    f"memory that depends on x is read as entries of another size {self.where()}"
+                )
             if (size, stride, offset) == geometry:
                 value = update
                 continue
@@ -182,9 +199,23 @@ class Tracer:
         """Run one operation and, when it reads anything that depends on the inputs, add it to the program."""
         self.paused = True
         try:
-            return self._record(op, args, kwargs, run)
+            return self._record(op, args, kwargs, lambda *a, **k: self._call(run, a, k))
+        except SharpcoreError as error:
+            self.failure = error
+            raise
+        except Exception as error:
+            if self._running:
+                raise
+            self.failure = UnsupportedOperation(f"{op} cannot be recorded {self.where()}: {error}")
+            raise self.failure from error
         finally:
-            self.paused = False
+            self.paused = self._running = False
+
+    def _call(self, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._running = True
+        out = run(*args, **kwargs)
+        self._running = False
+        return out
 
     def _record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         values: dict[int | tuple[int, int], int] = {}
@@ -192,6 +223,8 @@ class Tracer:
             value = self.value_of(tensor)
             if value is not None:
                 values[position] = value
+            elif isinstance(tensor, torch.nn.Parameter) and not tensor.is_inference():
+                self.parameters.setdefault(id(tensor), (tensor, tensor._version))
         mutates = isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
         for name, arg in kwargs.items():
             if isinstance(arg, Tensor) and self.value_of(arg) is not None:
@@ -213,6 +246,10 @@ class Tracer:
         if op is aten.view.dtype and any(self.kinds[value] is Kind.ACTIVE for value in values.values()):
             raise UnsupportedOperation(
                 f"the bits of a tensor that depends on x are read as another dtype {self.where()}"
+            )
+        if op in _BATCH_NORMS and args[5]:
+            raise UnsupportedOperation(
+                f"{op} in training mode writes its running statistics {self.where()}; use .eval()"
             )
         self._check_data_dependence(op, values, tags)
         if mutates:
@@ -277,6 +314,8 @@ class Tracer:
         if Kind.OPAQUE in kinds and op not in ZERO_DERIVATIVE:
             raise UnsupportedOperation(f"{op} reads a side result that has no derivative rule {self.where()}")
         active = tuple(p for p, kind in zip(positions, kinds, strict=True) if kind is Kind.ACTIVE)
+        if op is aten.copy.default and active == (0,):
+            active = ()  # the old entries are all overwritten
         outs = (
             [call.out]
             if isinstance(call.out, Tensor)
@@ -294,7 +333,8 @@ class Tracer:
             if fused is not None:
                 node, call = fused
             filled = Call(node.op, call.args, call.kwargs, call.out, node.active)
-            instruction = build_map(node, filled, self.rules, self.where())
+            with autograd_enabled():
+                instruction = build_map(node, filled, self.rules, self.where())
         outputs: list[int | None] = []
         for i, out in enumerate(outs):
             if not isinstance(out, Tensor):
@@ -307,6 +347,9 @@ class Tracer:
             self.kinds.append(kind)
             value = len(self.kinds) - 1
             self.producer[value] = len(self.nodes)
+            detaches = (active and op is aten.detach.default) or self._detached.intersection(node.refs())
+            if detaches and kind is Kind.PRIMAL and _storage_key(out) in self._active:
+                self._detached.add(value)
             if bind:
                 self._bind(out, value)
             outputs.append(value)
@@ -336,6 +379,11 @@ class Tracer:
         if twin is None or written != [0] or op.namespace != "aten":
             raise UnsupportedOperation(f"{op} writes into a tensor that depends on x {self.where()}")
         target = args[0]
+        if values.get(0) in self._detached:
+            raise UnsupportedOperation(
+                f"{op} writes through .detach() or .data into a tensor that depends on x {self.where()}: "
+                "the derivative of what it overwrites would be lost"
+            )
         out = twin(*args, **kwargs)
         self._protect([target])
         # The maps refer to the operands before the write: copies of those that share the written storage are
@@ -356,7 +404,7 @@ class Tracer:
             out = cast
         target.copy_(out)
         storage = self._written.setdefault(key, _WrittenStorage(target.untyped_storage()))
-        storage.writes.append((value, target.size(), target.stride(), target.storage_offset()))
+        storage.add(value, target)
         self._bind(target, value)
         return target
 
@@ -372,7 +420,7 @@ class Tracer:
                 if written is not None:
                     kept = tensor.clone()
                     (value,) = self._append_call(aten.clone.default, (kept,), {}, kept, {}, bind=False)
-                    written.writes.append((value, tensor.size(), tensor.stride(), tensor.storage_offset()))  # type: ignore[arg-type]
+                    written.add(value, tensor)
                     self._bind(tensor, value)
 
     def _protect(self, targets: list[Tensor]) -> None:
@@ -532,8 +580,9 @@ def _linear_arguments(
 
 def trace(
     f: Callable[..., Any], x: Tensor, bound: Sequence[Tensor], kernels: Any
-) -> tuple[Program, list[LinearMap | None], Tensor]:
-    """Run f(x, *bound) once and return its program, the linear map of each node at this point, and the value.
+) -> tuple[Program, list[LinearMap | None], Tensor, list[tuple[Tensor, int]]]:
+    """Run f(x, *bound) once and return its program, the linear map of each node at this point, the value, and
+    the parameters that were read with their in-place versions.
 
     x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries
     tangents. Raises UnsupportedOperation for an operation without an exact derivative.
@@ -543,8 +592,16 @@ def trace(
     with torch.inference_mode(False), torch.no_grad():
         inputs = [t.detach().clone() for t in itertools.chain([x], bound)]
         values = [tracer.new_value(t, Kind.ACTIVE if i == 0 else Kind.PRIMAL) for i, t in enumerate(inputs)]
-        with _Functions(tracer), _Operations(tracer):
-            out = f(*inputs)
+        try:
+            with _Functions(tracer), _Operations(tracer):
+                out = f(*inputs)
+        except Exception as error:
+            # TorchScript hides the exception of an operation behind one of its own.
+            if tracer.failure is not None and not isinstance(error, SharpcoreError):
+                raise tracer.failure from error
+            if isinstance(error, NotImplementedError) and "HigherOrderOperator" in str(error):
+                raise UnsupportedOperation(f"a higher-order operation cannot be recorded: {error}") from error
+            raise
     if not isinstance(out, Tensor):
         raise InvalidInput(f"f: expected it to return one tensor; got {type(out).__name__}")
     if not out.is_floating_point():
@@ -554,6 +611,7 @@ def trace(
     active = output is not None and tracer.kinds[output] is Kind.ACTIVE
     if output is not None and tracer.kinds[output] is Kind.OPAQUE:
         raise UnsupportedOperation("f returns a side result that has no derivative rule")
+    parameters = list(tracer.parameters.values())
     program = Program(tracer.nodes, values[0], tuple(values[1:]), output, active, tracer.replayable)
     maps = passes.optimize(program, tracer.maps)
-    return program, maps, out.detach().clone()
+    return program, maps, out.detach().clone(), parameters

@@ -1,4 +1,4 @@
-"""Small pipelines with random weights, an independent formula for their scores, and a count of what a scorer runs."""
+"""Small pipelines, an independent formula for their scores, and a count of what a scorer runs."""
 
 from __future__ import annotations
 
@@ -39,7 +39,8 @@ def _unet(**options: Any) -> Any:
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         **options,
     ).eval()
-    # To untrained cross-attention the prompt hardly matters, and float32 would leave little of the branches' difference.
+    # To untrained cross-attention the prompt hardly matters, and float32 would leave little of the branches'
+    # difference.
     for name, parameter in unet.named_parameters():
         if "attn2.to_out.0.weight" in name:
             parameter.data.mul_(30)
@@ -47,7 +48,7 @@ def _unet(**options: Any) -> Any:
 
 
 def make_sd2_pipeline(tiny: Any) -> Any:
-    """As Stable Diffusion 2: linear projections, a list of head sizes, v-prediction; random weights, latents [4, 8, 8]."""
+    """As Stable Diffusion 2: linear projections, v-prediction; random weights, latents [4, 8, 8]."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         unet = _unet(cross_attention_dim=64, attention_head_dim=(2, 4), use_linear_projection=True)
@@ -125,7 +126,7 @@ def oracle_scores(
     abar: float,
     prediction_type: str = "epsilon",
 ) -> tuple[Tensor, Tensor]:
-    """||s_D|| and ||H_D s_D|| of each sample, [B], by torch.func.jvp: the definitions, and nothing of the package."""
+    """||s_D|| and ||H_D s_D|| of each sample, [B], by torch.func.jvp and nothing of the package."""
     alpha, sigma = abar**0.5, (1 - abar) ** 0.5
 
     def score(x: Tensor, condition: dict[str, Any]) -> Tensor:
@@ -143,7 +144,7 @@ def oracle_scores(
 
 
 class Work:
-    """What was run while it counted, in samples: forward passes (real or replayed), products; and the number of traces."""
+    """What was run: forward passes (real or replayed) and products, in samples; and the number of traces."""
 
     def __init__(self) -> None:
         self.reset()
@@ -171,7 +172,7 @@ class Work:
 
 
 def relative_difference(rows: Any, others: Any) -> float:
-    """The largest relative difference of the per-seed values of two tables with the same prompts and steps."""
+    """The largest relative difference of per-seed values of two tables with the same prompts and steps."""
     worst = 0.0
     for row, other in zip(rows, others, strict=True):
         assert (row["prompt"], row["step"]) == (other["prompt"], other["step"])

@@ -1,4 +1,4 @@
-"""SharpnessCallback: scores while a pipeline generates, leaves the images alone, and stops above a threshold."""
+"""SharpnessCallback: scores while a pipeline generates, leaves the images alone, stops above a threshold."""
 
 from __future__ import annotations
 
@@ -8,7 +8,14 @@ import pytest
 import torch
 from pipelines import METRICS, latent, oracle_scores
 
-from sharpcore import InvalidInput, NonFiniteError, ScoreTable, SharpnessCallback, SharpnessScorer, UnsupportedModel
+from sharpcore import (
+    InvalidInput,
+    NonFiniteError,
+    ScoreTable,
+    SharpnessCallback,
+    SharpnessScorer,
+    UnsupportedModel,
+)
 
 PROMPT = "a bold slanted handwritten zero by hounard"
 OTHER = "a thin upright handwritten four by nobody"
@@ -26,7 +33,7 @@ def seeded(seed=3):
     return torch.Generator("cpu").manual_seed(seed)
 
 
-# --- what it records ----------------------------------------------------------------------------------------------------------
+# --- what it records ----------------------------------------------------------------------------------------
 
 
 def test_scores_are_those_of_the_scorer(tiny_pipe):
@@ -67,9 +74,13 @@ def test_units_and_square(tiny_pipe):
     abar = float(tiny_pipe.scheduler.alphas_cumprod.double()[int(rows["paper"]["timestep"])])
     sigma = (1 - abar) ** 0.5
     # Measured 1e-7 (float32 factors).
-    assert rows["plain"]["hessian_score_difference"] ** 2 == pytest.approx(rows["paper"]["hessian_score_difference"])
+    assert rows["plain"]["hessian_score_difference"] ** 2 == pytest.approx(
+        rows["paper"]["hessian_score_difference"]
+    )
     assert rows["plain"]["score_difference"] * sigma == pytest.approx(rows["eps"]["score_difference"])
-    assert rows["plain"]["hessian_score_difference"] * sigma**2 == pytest.approx(rows["eps"]["hessian_score_difference"])
+    assert rows["plain"]["hessian_score_difference"] * sigma**2 == pytest.approx(
+        rows["eps"]["hessian_score_difference"]
+    )
 
 
 def test_several_images_a_prompt(tiny_pipe):
@@ -85,7 +96,9 @@ def test_several_images_a_prompt(tiny_pipe):
         for j in range(2)
         if row["prompt"] == prompt
     }
-    assert [(row["sample"], row["step"]) for row in callback.rows] == [(s, i) for i in (0, 2) for s in range(4)]
+    assert [(row["sample"], row["step"]) for row in callback.rows] == [
+        (s, i) for i in (0, 2) for s in range(4)
+    ]
     for row in callback.rows:
         score, hessian = expected[row["sample"], row["step"]]
         # Measured 1e-6 and 3e-6 (float32).
@@ -95,10 +108,12 @@ def test_several_images_a_prompt(tiny_pipe):
 
 @pytest.mark.parametrize("guidance", [0.0, 1.0])
 def test_without_guidance(tiny_pipe, guidance):
-    """The pipeline then runs one branch only, on its conditional prediction; the scores still compare both."""
+    """The pipeline then runs the conditional branch only; the scores still compare both."""
     callback = SharpnessCallback(tiny_pipe, steps=(0, 2), latents=latent(3))
     generate(tiny_pipe, callback, latents=latent(3), guidance_scale=guidance)
-    scored = SharpnessScorer(tiny_pipe, num_inference_steps=4, guidance_scale=1)([PROMPT], steps=(0, 2), seeds=[3])
+    scored = SharpnessScorer(tiny_pipe, num_inference_steps=4, guidance_scale=1)(
+        [PROMPT], steps=(0, 2), seeds=[3]
+    )
     for row, other in zip(callback.rows, scored, strict=True):
         # Measured 1e-7 and 1e-6 (float32).
         assert row["score_difference"] == pytest.approx(other["score_difference"], rel=1e-5)
@@ -149,7 +164,7 @@ def test_a_network_that_changes_between_two_generations(fresh_pipe, part):
     assert after == run(SharpnessCallback(fresh_pipe, steps=(1,)))
 
 
-# --- what it costs, and what it leaves alone ----------------------------------------------------------------------------------
+# --- what it costs, and what it leaves alone ----------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metrics", [METRICS, METRICS[:1]])
@@ -190,7 +205,7 @@ def test_the_global_generator_is_not_used(tiny_pipe):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# --- stopping -----------------------------------------------------------------------------------------------------------------
+# --- stopping -----------------------------------------------------------------------------------------------
 
 
 def test_generation_stops_above_the_threshold(tiny_pipe, work):
@@ -201,7 +216,9 @@ def test_generation_stops_above_the_threshold(tiny_pipe, work):
     latents = []
 
     def stops_at(threshold, **options):
-        callback = SharpnessCallback(tiny_pipe, steps=(0, 1, 2), latents=latent(3), threshold=threshold, **options)
+        callback = SharpnessCallback(
+            tiny_pipe, steps=(0, 1, 2), latents=latent(3), threshold=threshold, **options
+        )
         work.reset()
         latents.append(generate(tiny_pipe, callback, latents=latent(3)))
         return callback.stopped_at, len(callback.rows)
@@ -230,7 +247,7 @@ def test_one_sample_above_the_threshold_stops_all(tiny_pipe):
     assert [row["step"] for row in callback.rows] == [1, 1]
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -244,7 +261,10 @@ def test_one_sample_above_the_threshold_stops_all(tiny_pipe):
         ({"units": "noise"}, "units"),
         *(({"threshold": value}, "threshold") for value in ("high", float("nan"))),
         ({"threshold_metric": "sharpness"}, "threshold_metric"),
-        ({"metrics": ["score_difference"], "threshold_metric": "hessian_score_difference"}, "threshold_metric"),
+        (
+            {"metrics": ["score_difference"], "threshold_metric": "hessian_score_difference"},
+            "threshold_metric",
+        ),
         ({"backend": "gpu"}, "backend"),
     ],
 )
@@ -261,7 +281,13 @@ def test_a_pipeline_without_scores(fresh_pipe):
 
 def test_tensor_inputs_that_the_pipeline_does_not_hand_over(tiny_pipe):
     with pytest.raises(InvalidInput, match=r"callback_on_step_end_tensor_inputs: .* missing prompt_embeds"):
-        tiny_pipe(PROMPT, num_inference_steps=2, height=32, width=32, callback_on_step_end=SharpnessCallback(tiny_pipe))
+        tiny_pipe(
+            PROMPT,
+            num_inference_steps=2,
+            height=32,
+            width=32,
+            callback_on_step_end=SharpnessCallback(tiny_pipe),
+        )
 
 
 def test_a_step_that_the_generation_does_not_have(tiny_pipe):
@@ -276,7 +302,7 @@ def test_latents_of_another_generation(tiny_pipe):
 
 
 def test_another_pipeline(tiny_pipe, fresh_pipe):
-    with pytest.raises(InvalidInput, match="^pipe: "):
+    with pytest.raises(InvalidInput, match=r"^pipe: "):
         generate(fresh_pipe, SharpnessCallback(tiny_pipe))
 
 

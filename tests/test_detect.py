@@ -46,7 +46,9 @@ def test_the_product_runs_once_and_only_when_asked_for():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_norms_are_summed_in_float64(dtype):
     """Squares that overflow the dtype, and many small ones that a sum in it would lose."""
-    assert sample_norms(torch.full((2, 3, 10), 3e4, dtype=dtype)).tolist() == pytest.approx([3e4 * 30**0.5] * 2, rel=2e-3)
+    assert sample_norms(torch.full((2, 3, 10), 3e4, dtype=dtype)).tolist() == pytest.approx(
+        [3e4 * 30**0.5] * 2, rel=2e-3
+    )
     many = torch.full((1, 2**17), 2.0**-7, dtype=dtype)
     assert sample_norms(many).tolist() == [2.0**-7 * 2**8.5]
     found, _ = evidence(dtype, scale=2**10)
@@ -57,7 +59,7 @@ def test_norms_are_summed_in_float64(dtype):
 
 
 def test_commuting_gaussians():
-    """E||s_D||^2 and E||H_D s_D||^2 over the conditional density have a closed form; equal means, diagonal covariances."""
+    """Equal means, diagonal covariances: E||s_D||^2 and E||H_D s_D||^2 have a closed form."""
     conditional = torch.tensor([0.3, 0.5, 2.0], dtype=torch.float64)
     unconditional = torch.tensor([1.0, 1.0, 1.5], dtype=torch.float64)
     alpha, sigma = 0.8, 0.6
@@ -72,7 +74,9 @@ def test_commuting_gaussians():
     hessians = networks[0].hessian(x) - networks[1].hessian(x)
     found = Evidence(difference, lambda v: torch.einsum("bij,bj->bi", hessians, v))
     score, hessian = compute_metrics(make_metrics(list(METRICS), squared=True), found)
-    torch.testing.assert_close(score.square().mean(), ((h_u - h_c) ** 2 / h_c.abs()).sum(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(
+        score.square().mean(), ((h_u - h_c) ** 2 / h_c.abs()).sum(), rtol=1e-12, atol=0
+    )
     torch.testing.assert_close(hessian.mean(), ((h_u - h_c) ** 4 / h_c.abs()).sum(), rtol=1e-12, atol=0)
 
 
@@ -92,15 +96,21 @@ def test_registry():
         assert metric.name == name
         assert "arXiv" in metric.source
         assert metric.__doc__
-    assert [type(metric) for metric in make_metrics("score_difference", squared=True)] == [METRICS["score_difference"]]
+    assert [type(metric) for metric in make_metrics("score_difference", squared=True)] == [
+        METRICS["score_difference"]
+    ]
     made = make_metrics(["hessian_score_difference", "score_difference"], squared=False)
     assert [metric.name for metric in made] == ["hessian_score_difference", "score_difference"]
     assert not made[0].squared
 
 
-@pytest.mark.parametrize("names", [[], ["sharpness"], ["score_difference", "score_difference"], None, 3, [None], [["a"]]])
+@pytest.mark.parametrize(
+    "names", [[], ["sharpness"], ["score_difference", "score_difference"], None, 3, [None], [["a"]]]
+)
 def test_names_that_are_no_metrics(names):
-    with pytest.raises(InvalidInput, match=r"^metrics: expected .*score_difference, hessian_score_difference; got"):
+    with pytest.raises(
+        InvalidInput, match=r"^metrics: expected .*score_difference, hessian_score_difference; got"
+    ):
         make_metrics(names, squared=True)
 
 

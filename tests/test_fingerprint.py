@@ -94,7 +94,9 @@ def test_changes_of_a_unet_with_lora(fresh_pipe, change):
     unet = fresh_pipe.unet
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="default")
+        unet.add_adapter(
+            peft.LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="default"
+        )
         before = fingerprint(unet)
         assert fingerprint(unet) == before
         UNET_CHANGES[change](unet)

@@ -1,4 +1,4 @@
-"""Curvature operators against dense Jacobians: products, shapes, transposes, scipy, asymmetry, batches, errors."""
+"""Curvature operators against dense Jacobians: products, transposes, scipy, asymmetry, batches, errors."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sharpcore.testing.analytic import GaussianMixtureScoreNetwork
 DATA = Path(__file__).parent / "data" / "tiny-sd-eps"
 ALPHA, SIGMA = 0.8, 0.6
 DTYPES = [torch.float64, torch.float32]
-# Relative errors of products: measured 2e-15 and 1e-6.
+# Relative errors of products: measured 6e-16 and 2e-6.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -60,7 +60,7 @@ def random(*shape, seed=1, dtype=torch.float64):
 
 
 class Lopsided(torch.nn.Module):
-    """A score-like network [B, 2, 3] with a dense, far from symmetric Jacobian, the same for no two samples."""
+    """A network on [B, 2, 3] whose Jacobian is dense, far from symmetric, and another for each sample."""
 
     def forward(self, x):
         weight = torch.linspace(-1, 1, 36, dtype=x.dtype, device=x.device).reshape(6, 6)
@@ -97,7 +97,7 @@ def make_operator(name, dtype=torch.float64, samples=2):
     }[name]()
 
 
-# --- products -----------------------------------------------------------------------------------------------------------------
+# --- products -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -158,7 +158,7 @@ def test_a_batch_is_block_diagonal():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_mixture_hessians_in_closed_form(dtype):
-    """The symmetric part of the network's Jacobian is the Hessian of log p, per sample; the difference likewise."""
+    """The symmetric part of the network's Jacobian is the Hessian of log p; the difference likewise."""
     network, exact = mixture(dtype), mixture()
     x = random(3, 6, dtype=dtype)
     condition = torch.tensor([[1.0, 1, 0], [0, 1, 1], [1, 0, 1]], dtype=dtype)
@@ -173,9 +173,8 @@ def test_mixture_hessians_in_closed_form(dtype):
         (HessianDifference(conditional, unconditional), with_condition - without),
     ):
         expected = torch.einsum("bij,kbj->kbi", hessians, vectors.double())
-        # float32: measured 2e-7, and 6e-7 for the difference.
+        # Measured up to 2e-14 (float64) and 3e-6 (float32), for the difference.
         assert relative_error(operator @ vectors, expected) < (1e-10 if dtype is torch.float64 else 1e-5)
-    # Wild points: far from symmetric networks are not the only ones whose two products must agree.
     assert Hessian(conditional).asymmetry().value < (1e-12 if dtype is torch.float64 else 1e-6)
 
 
@@ -188,7 +187,9 @@ def test_unet_against_its_dense_jacobian(fresh_pipe, dtype):
     dense = {}
     for unconditional in (False, True):
         score = ScoreFunction.from_pipeline(fresh_pipe, [prompt] * n, step=10, unconditional=unconditional)
-        dense[unconditional] = oracle_vjp(score, x.repeat(n, 1, 1, 1), torch.eye(n).double().reshape(1, n, 4, 4, 4))
+        dense[unconditional] = oracle_vjp(
+            score, x.repeat(n, 1, 1, 1), torch.eye(n).double().reshape(1, n, 4, 4, 4)
+        )
     dense = {which: matrix.reshape(n, n) for which, matrix in dense.items()}
     fresh_pipe.unet.to(dtype)
     conditional, unconditional = (
@@ -196,7 +197,8 @@ def test_unet_against_its_dense_jacobian(fresh_pipe, dtype):
         for which in (False, True)
     )
     identity = torch.eye(n, dtype=dtype)
-    # float64: measured 1e-12 (the oracle's text embeddings are float32, as here); float32: 2e-6, and 7e-6 for the difference.
+    # Measured up to 9e-15 (float64; text embeddings are float32 in both) and 5e-6 (float32), for the
+    # difference.
     tolerance = 1e-10 if dtype is torch.float64 else 1e-4
     difference = dense[False] - dense[True]
     for operator, expected in (
@@ -209,7 +211,7 @@ def test_unet_against_its_dense_jacobian(fresh_pipe, dtype):
         assert relative_error((operator @ identity).T, expected) < tolerance
 
 
-# --- scipy --------------------------------------------------------------------------------------------------------------------
+# --- scipy --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -240,7 +242,9 @@ def test_eigsh_and_svds(dtype):
         exact = torch.linalg.eigvalsh(dense).numpy()
         for which, expected in (("LA", exact[-3:]), ("SA", exact[:3])):
             values, vectors = eigsh(operator.to_scipy(), k=3, which=which, v0=np.ones(18))
-            np.testing.assert_allclose(np.sort(values), expected, rtol=0, atol=tolerance * np.abs(exact).max())
+            np.testing.assert_allclose(
+                np.sort(values), expected, rtol=0, atol=tolerance * np.abs(exact).max()
+            )
             residual = operator.to_scipy() @ vectors - vectors * values
             assert np.abs(residual).max() < 10 * tolerance * np.abs(exact).max()
     for name in ("jacobian", "difference.jacobian"):
@@ -258,7 +262,7 @@ def test_half_precision_is_float32_to_scipy(dtype):
     vector = random(12, seed=2).numpy()
     found = linear @ vector
     assert found.dtype == np.float32
-    # Measured 8e-3 (bfloat16) and 1e-3 (float16).
+    # Measured 6e-3 (bfloat16) and 9e-4 (float16).
     assert relative_error(torch.tensor(found), dense @ torch.tensor(vector)) < 3e-2
 
 
@@ -271,26 +275,27 @@ def test_scipy_missing(monkeypatch):
 
 @pytest.mark.parametrize("key", ["non7_step25"])
 def test_extremal_eigenvalues_of_the_trained_network(fresh_pipe, key):
-    """Three at each end of the stored spectrum of 1024 eigenvalues (float64, full Jacobian by torch.func.jvp)."""
+    """Three at each end of the stored spectrum (float64, full Jacobian by torch.func.jvp)."""
     stored = np.load(DATA / "spectra.npz")
     fresh_pipe.unet.double()
-    score = ScoreFunction.from_pipeline(fresh_pipe, str(stored[f"{key}_prompt"]), timestep=int(stored[f"{key}_t"]))
+    score = ScoreFunction.from_pipeline(
+        fresh_pipe, str(stored[f"{key}_prompt"]), timestep=int(stored[f"{key}_t"])
+    )
     lin = linearize(score, torch.from_numpy(stored[f"{key}_x"]))
     # Measured 1e-9: float32 text embeddings, rounded otherwise where the spectra were made.
     assert relative_error(lin.value, torch.from_numpy(stored[f"{key}_score"])) < 1e-7
     hessian = Hessian(lin)
     exact = stored[f"{key}_eig"]
     start = np.random.default_rng(0).standard_normal(1024)
-    for which, expected in (("LA", exact[-3:]), ("SA", exact[:3])):
-        values = eigsh(hessian.to_scipy(), k=3, which=which, tol=1e-8, v0=start, return_eigenvectors=False)
-        # 1e-6 is promised; measured 1e-10.
-        np.testing.assert_allclose(np.sort(values), expected, rtol=1e-6)
+    values = eigsh(hessian.to_scipy(), k=6, which="BE", tol=1e-6, v0=start, return_eigenvectors=False)
+    # 1e-6 is promised; measured 6e-9.
+    np.testing.assert_allclose(np.sort(values), np.concatenate([exact[:3], exact[-3:]]), rtol=1e-6)
     asymmetry = hessian.asymmetry(probes=16)
     assert asymmetry.standard_error < 0.02
     assert abs(asymmetry.value - float(stored[f"{key}_asym"])) < 4 * asymmetry.standard_error
 
 
-# --- asymmetry ----------------------------------------------------------------------------------------------------------------
+# --- asymmetry ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -338,11 +343,11 @@ def test_asymmetry_of_nothing_and_of_a_symmetric_network():
 
 @pytest.mark.parametrize("probes", [0, 1, -3, True, 2.0, None])
 def test_asymmetry_needs_two_probes(probes):
-    with pytest.raises(InvalidInput, match="^probes: "):
+    with pytest.raises(InvalidInput, match=r"^probes: "):
         make_operator("hessian")[0].asymmetry(probes)
 
 
-# --- errors -------------------------------------------------------------------------------------------------------------------
+# --- errors -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -359,7 +364,7 @@ def test_vectors_of_a_wrong_kind():
     operator, _ = make_operator("hessian")
     with pytest.raises(InvalidInput, match="float64"):
         operator @ torch.zeros(12)
-    with pytest.raises(InvalidInput, match="^vectors: expected a tensor"):
+    with pytest.raises(InvalidInput, match=r"^vectors: expected a tensor"):
         operator @ np.zeros(12)
     with pytest.raises(InvalidInput, match="meta"):
         operator @ torch.zeros(12, dtype=torch.float64, device="meta")
@@ -369,7 +374,7 @@ def test_vectors_of_a_wrong_kind():
 
 @pytest.mark.parametrize("operator", [ScoreJacobian, Hessian])
 def test_only_linearizations_of_scores(operator):
-    with pytest.raises(InvalidInput, match="^linearization: expected a Linearization"):
+    with pytest.raises(InvalidInput, match=r"^linearization: expected a Linearization"):
         operator(torch.sin)
     with pytest.raises(InvalidInput, match=r"^linearization: .* shape and dtype of x"):
         operator(linearize(lambda x: x[:, :2], random(1, 3)))
@@ -403,6 +408,6 @@ def test_the_pair_of_branches_of_a_pipeline(tiny_pipe):
     difference = lins[0].value - lins[1].value
     row = SharpnessScorer(tiny_pipe)([prompt], seeds=1, squared=False).rows[0]
     product = HessianDifference(*lins).jacobian @ difference
-    # Measured 2e-7 and 4e-7 (float32).
+    # Measured 5e-8 (float32).
     assert row["score_difference"] == pytest.approx(float(difference.norm()), rel=1e-5)
     assert row["hessian_score_difference"] == pytest.approx(float(product.norm()), rel=2e-5)

@@ -1,4 +1,4 @@
-"""SharpnessScorer: reference values, the work it does, independence of batch and memory, rows, and what it leaves alone."""
+"""SharpnessScorer: reference values, the work done, independence of batch and memory, rows, side effects."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ REFERENCE = json.loads(
     (Path(__file__).parent / "data" / "tiny-sd-eps" / "reference_scores.json").read_text(encoding="utf-8")
 )
 # One of each tier of memorized prompts, and three that were never trained with.
-MEMORIZED = [next(e for e in REFERENCE["prompts"][7:] if e["memorized"] and e["tier"] == tier) for tier in (1, 2, 3)]
+MEMORIZED = [
+    next(e for e in REFERENCE["prompts"][7:] if e["memorized"] and e["tier"] == tier) for tier in (1, 2, 3)
+]
 SPREAD = [*MEMORIZED, *[entry for entry in REFERENCE["prompts"] if not entry["memorized"]][40:43]]
 PROMPTS = [entry["prompt"] for entry in SPREAD]
 
@@ -41,7 +43,7 @@ def largest_error(rows: list[dict], entries: list[dict], metric: str, squared: b
     return worst
 
 
-# --- reference values ---------------------------------------------------------------------------------------------------------
+# --- reference values ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("squared", [True, False])
@@ -54,7 +56,7 @@ def test_float32_reference_values(tiny_pipe, squared):
     assert all(row["error"] is None for row in table)
     for metric in METRICS:
         error = largest_error(list(table), SPREAD[: len(prompts)], metric, squared)
-        # 1e-3 is promised; measured 1.1e-6 and 4e-6, the float32 rounding of both sides.
+        # 1e-3 is promised; measured 1.4e-6 and 6e-6 (squared; 3e-6 not): the float32 rounding of both sides.
         assert error < 3e-5, (metric, error)
 
 
@@ -64,12 +66,15 @@ def test_float64_reference_values(fresh_pipe):
     assert [entry["memorized"] for entry in entries] == [True, False]
     table = SharpnessScorer(fresh_pipe)([e["prompt"] for e in entries], steps=(0, 10), squared=False)
     for metric in METRICS:
+        # 1e-8 is promised; measured 4e-15 and 5e-15. Text embeddings rounded otherwise would show as 1e-9.
         assert largest_error(list(table), entries, metric, False) < 1e-8
 
 
 def test_no_guidance_in_the_trajectory_is_the_conditional_one(tiny_pipe):
     """With guidance_scale 1 the latent of step 1 follows the conditional prediction alone."""
-    row = SharpnessScorer(tiny_pipe, num_inference_steps=4, guidance_scale=1)(PROMPTS[:1], steps=[1], seeds=[5]).rows[0]
+    row = SharpnessScorer(tiny_pipe, num_inference_steps=4, guidance_scale=1)(
+        PROMPTS[:1], steps=[1], seeds=[5]
+    ).rows[0]
     scheduler = type(tiny_pipe.scheduler).from_config(tiny_pipe.scheduler.config)
     scheduler.set_timesteps(4)
     with torch.no_grad():
@@ -85,7 +90,7 @@ def test_no_guidance_in_the_trajectory_is_the_conditional_one(tiny_pipe):
     assert row["hessian_score_difference"] == pytest.approx(float(product) ** 2, rel=2e-5)
 
 
-# --- the work that is done ----------------------------------------------------------------------------------------------------
+# --- the work that is done ----------------------------------------------------------------------------------
 
 
 def test_no_forward_pass_too_many_at_the_first_step(tiny_pipe, work):
@@ -93,7 +98,8 @@ def test_no_forward_pass_too_many_at_the_first_step(tiny_pipe, work):
     scorer(PROMPTS[:3])
     # 4 seeds without a prompt, once; 4 with each of 3 prompts; a product for each pair in each branch.
     assert (work.forwards, work.products) == (4 + 3 * 4, 2 * 3 * 4)
-    # The first seed alone, the other three, and the conditional batch, which is moved on to the other prompts.
+    # The first seed alone, the other three, and the conditional batch, which is moved on to the other
+    # prompts.
     assert work.traces == 3
     work.reset()
     scorer(PROMPTS[3:5])
@@ -130,7 +136,9 @@ def add_adapter(pipe, scale=1.0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
         pipe.unet.add_adapter(
-            peft.LoraConfig(r=2, lora_alpha=scale * 2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+            peft.LoraConfig(
+                r=2, lora_alpha=scale * 2, target_modules=["to_q", "to_v"], init_lora_weights=False
+            )
         )
 
 
@@ -145,7 +153,9 @@ CHANGES = {
     "FreeU": lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
     "text encoder": lambda pipe: pipe.text_encoder.final_layer_norm.weight.data.mul_(1.5),
     "hook": lambda pipe: pipe.unet.conv_in.register_forward_hook(lambda module, args, out: out * 1.5),
-    "forward": lambda pipe: setattr(pipe.unet.mid_block, "forward", lambda hidden, *args, **kwargs: hidden * 2),
+    "forward": lambda pipe: setattr(
+        pipe.unet.mid_block, "forward", lambda hidden, *args, **kwargs: hidden * 2
+    ),
     "other network": lambda pipe: pipe.register_modules(unet=type(pipe.unet).from_config(pipe.unet.config)),
     "scheduler": lambda pipe: pipe.register_modules(
         scheduler=type(pipe.scheduler).from_config(pipe.scheduler.config, beta_end=0.02, steps_offset=0)
@@ -189,7 +199,7 @@ def test_another_attention_processor_gives_the_same_numbers(fresh_pipe, work):
     assert work.traces == 2
 
 
-# --- a prompt's result does not depend on what is beside it -------------------------------------------------------------------
+# --- a prompt's result does not depend on what is beside it -------------------------------------------------
 
 
 def test_a_result_does_not_depend_on_its_batch(tiny_pipe):
@@ -208,20 +218,21 @@ def test_a_result_does_not_depend_on_its_batch(tiny_pipe):
 
 
 def test_a_result_does_not_depend_on_the_memory_budget(fresh_pipe, work):
-    """Budgets that hold 1, 2, 3 samples, for 4 seeds and 2 prompts; float64, so that anything but rounding shows."""
+    """Budgets that hold 1 and 3 samples, for 4 seeds and 2 prompts; float64, where only rounding hides."""
     fresh_pipe.unet.double()
     prompts, options = PROMPTS[:2], {"steps": (0, 1), "seeds": 4}
     generous = SharpnessScorer(fresh_pipe, num_inference_steps=4, memory_budget=2**33)
     expected = generous(prompts, **options).rows
     _, one = generous._memory
-    for samples in (1, 2, 3):
+    for samples in (1, 3):
         # Two steps: residuals of two branches for each, and the workspace.
         scorer = SharpnessScorer(fresh_pipe, num_inference_steps=4, memory_budget=int(one * 5.6 * samples))
         work.reset()
         # Measured 2e-14.
         assert relative_difference(scorer(prompts, **options).rows, expected) < 1e-11
         assert scorer._capacity(scorer._plan((0, 1), 4, METRICS, "score", True, None)) == samples
-        # The seeds go through in groups, each with all prompts of the block: no pass more than with memory for all of them.
+        # The seeds go through in groups, each with all prompts of the block: no pass more than with memory
+        # for all of them.
         assert work.forwards == 4 + 2 * 4 + 2 * 2 * 4
 
 
@@ -229,12 +240,12 @@ def test_a_result_does_not_depend_on_the_memory_budget(fresh_pipe, work):
 def test_repetition_changes_no_bit(tiny_pipe, budget):
     scorer = SharpnessScorer(tiny_pipe, num_inference_steps=4, memory_budget=budget)
     options = {"steps": (0, 1), "seeds": 2}
-    first = scorer(PROMPTS[:3], **options).rows
-    assert scorer(PROMPTS[:3], **options).rows == first
+    first = scorer(PROMPTS[:2], **options).rows
+    assert scorer(PROMPTS[:2], **options).rows == first
     scorer(PROMPTS[:1], seeds=[7, 8])
-    assert scorer(PROMPTS[:3], **options).rows == first
+    assert scorer(PROMPTS[:2], **options).rows == first
     other = SharpnessScorer(tiny_pipe, num_inference_steps=4, memory_budget=budget)
-    assert other(PROMPTS[:3], **options).rows == first
+    assert other(PROMPTS[:2], **options).rows == first
 
 
 def test_reset_frees_and_changes_nothing(tiny_pipe, work):
@@ -246,7 +257,7 @@ def test_reset_frees_and_changes_nothing(tiny_pipe, work):
     assert work.forwards == 8
 
 
-# --- rows ---------------------------------------------------------------------------------------------------------------------
+# --- rows ---------------------------------------------------------------------------------------------------
 
 
 def test_seeds_draw_their_latents_as_promised(tiny_pipe):
@@ -303,7 +314,8 @@ def test_units_and_square(tiny_pipe):
     eps = values(units="eps", squared=False)
     timesteps = scorer.timesteps[[0, 2]]
     sigma = (1 - tiny_pipe.scheduler.alphas_cumprod.double()[timesteps]).sqrt()[:, None]
-    # Each of the two factors of H_D s_D is -1/sigma times its counterpart. 1e-6: float32 factors, measured 1e-7.
+    # Each of the two factors of H_D s_D is -1/sigma times its counterpart. 1e-6: float32 factors, measured
+    # 1e-7.
     torch.testing.assert_close(plain["score_difference"] * sigma, eps["score_difference"], rtol=1e-6, atol=0)
     name = "hessian_score_difference"
     torch.testing.assert_close(plain[name] * sigma**2, eps[name], rtol=1e-6, atol=0)
@@ -317,13 +329,15 @@ def test_other_latent_sizes(tiny_pipe):
     abar = float(tiny_pipe.scheduler.alphas_cumprod.double()[981])
     for size in ((8, 12), (16, 16), (5, 7)):
         row = scorer(PROMPTS[:1], seeds=[3], latent_size=size).rows[0]
-        difference, product = oracle_scores(tiny_pipe.unet, latent(3, (4, *size)), 981, *conditions, abar=abar)
+        difference, product = oracle_scores(
+            tiny_pipe.unet, latent(3, (4, *size)), 981, *conditions, abar=abar
+        )
         # Measured 5e-7 and 3e-6 (float32).
         assert row["score_difference"] == pytest.approx(float(difference), rel=1e-5)
         assert row["hessian_score_difference"] == pytest.approx(float(product) ** 2, rel=2e-5)
 
 
-# --- what is left alone -------------------------------------------------------------------------------------------------------
+# --- what is left alone -------------------------------------------------------------------------------------
 
 
 def state_of(pipe):
@@ -331,12 +345,25 @@ def state_of(pipe):
     networks = {"unet": pipe.unet, "text_encoder": pipe.text_encoder, "vae": pipe.vae}
     scheduler = {name: repr(value) for name, value in vars(pipe.scheduler).items()}
     weights = {
-        f"{part}.{name}": (tensor.dtype, tensor.device, tensor.requires_grad, tensor._version, tensor.detach().sum().item())
+        f"{part}.{name}": (
+            tensor.dtype,
+            tensor.device,
+            tensor.requires_grad,
+            tensor._version,
+            tensor.detach().sum().item(),
+        )
         for part, network in networks.items()
         for name, tensor in network.named_parameters()
     }
     modules = [
-        (part, name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks), sorted(vars(module)))
+        (
+            part,
+            name,
+            module.training,
+            len(module._forward_hooks),
+            len(module._forward_pre_hooks),
+            sorted(vars(module)),
+        )
         for part, network in networks.items()
         for name, module in network.named_modules()
     ]
@@ -371,7 +398,10 @@ def test_the_callers_grad_mode_does_not_matter(tiny_pipe):
     scorer = SharpnessScorer(tiny_pipe, num_inference_steps=4)
     expected = scorer(PROMPTS[:1], steps=(0, 1), seeds=1).rows
     with torch.inference_mode():
-        assert SharpnessScorer(tiny_pipe, num_inference_steps=4)(PROMPTS[:1], steps=(0, 1), seeds=1).rows == expected
+        assert (
+            SharpnessScorer(tiny_pipe, num_inference_steps=4)(PROMPTS[:1], steps=(0, 1), seeds=1).rows
+            == expected
+        )
         assert scorer(PROMPTS[:1], steps=(0, 1), seeds=1).rows == expected
     with torch.no_grad():
         assert scorer(PROMPTS[:1], steps=(0, 1), seeds=1).rows == expected
@@ -380,14 +410,17 @@ def test_the_callers_grad_mode_does_not_matter(tiny_pipe):
 @pytest.mark.parametrize("scorers", [1, 2])
 def test_two_threads_at_once(tiny_pipe, scorers):
     """Two threads with one scorer, or with one each, on the same pipeline."""
-    prompts = (PROMPTS[:3], PROMPTS[3:6])
+    prompts = (PROMPTS[:2], PROMPTS[2:4])
     make = [SharpnessScorer(tiny_pipe, num_inference_steps=4) for _ in range(scorers)]
-    expected = [SharpnessScorer(tiny_pipe, num_inference_steps=4)(part, steps=(0, 1), seeds=2).rows for part in prompts]
+    expected = [
+        SharpnessScorer(tiny_pipe, num_inference_steps=4)(part, steps=(0, 1), seeds=1).rows
+        for part in prompts
+    ]
     found, ready = {}, threading.Barrier(2)
 
     def score(i):
         ready.wait()
-        found[i] = make[i % scorers](prompts[i], steps=(0, 1), seeds=2).rows
+        found[i] = make[i % scorers](prompts[i], steps=(0, 1), seeds=1).rows
 
     threads = [threading.Thread(target=score, args=(i,)) for i in range(2)]
     for thread in threads:
@@ -397,10 +430,11 @@ def test_two_threads_at_once(tiny_pipe, scorers):
     assert [found.get(i) for i in range(2)] == expected
 
 
-# Against float32, measured per seed over PROMPTS: score_difference 2 % (bfloat16) and 0.3 % (float16), hessian_score_difference
-# 5 % and 0.6 %. The predictions of the two branches differ by a few per cent of their size, so the rounding of the network's
-# outputs (2^-8 in bfloat16) is a large part of their difference; no later precision brings it back.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.3), (torch.float16, 0.05)])
+# Measured per seed over PROMPTS, against float32: score_difference up to 2.5 % in bfloat16 and 0.2 % in
+# float16 (0.6 % and 0.08 % on average), hessian_score_difference up to 3.1 % and 0.3 %. The two predictions
+# differ by some 6 % of their size, so the rounding of the network's own outputs is enlarged in their
+# difference, whatever the precision in which that is formed.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
 def test_half_precision(fresh_pipe, tiny_pipe, dtype, tolerance):
     prompts = [PROMPTS[2], PROMPTS[3]]
     exact = SharpnessScorer(tiny_pipe)(prompts, seeds=1, squared=False)

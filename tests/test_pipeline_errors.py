@@ -24,7 +24,7 @@ def scorer(tiny_pipe):
     return SharpnessScorer(tiny_pipe, num_inference_steps=4)
 
 
-# --- arguments ----------------------------------------------------------------------------------------------------------------
+# --- arguments ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,7 @@ def scorer(tiny_pipe):
     ] + [
         {"seeds": value} for value in ([], 0, -1, True, [1, 1], [-1], [2**63], [1.5], "4", 2.0, None, 10**9)
     ] + [
-        {"metrics": value} for value in ([], ["sharpness"], "sharpness", list(METRICS) * 2, None, 1, [None], [["a"]])
+        {"metrics": value} for value in ([], ["sharp"], "sharp", [METRICS[0]] * 2, None, 1, [None], [[]])
     ] + [
         {"units": value} for value in ("noise", None, 1)
     ] + [
@@ -66,7 +66,7 @@ def test_bad_arguments_of_a_scorer(tiny_pipe, options):
 
 @pytest.mark.parametrize("prompts", [[], (), "a bold nine", None, 3, {"a"}])
 def test_prompts_must_be_a_list_with_something_in_it(scorer, prompts):
-    with pytest.raises(InvalidInput, match="^prompts: expected"):
+    with pytest.raises(InvalidInput, match=r"^prompts: expected"):
         scorer(prompts)
 
 
@@ -102,7 +102,7 @@ def test_a_prompt_beyond_the_window_is_cut_with_a_warning(tiny_pipe, scorer):
         scorer(PROMPTS, seeds=1)
 
 
-# --- pipelines ----------------------------------------------------------------------------------------------------------------
+# --- pipelines ----------------------------------------------------------------------------------------------
 
 
 def test_pipelines_whose_scores_are_not_defined(fresh_pipe):
@@ -132,7 +132,7 @@ def test_a_pipeline_that_becomes_unsupported_after_the_scorer_was_made(fresh_pip
         scorer(PROMPTS[:1])
 
 
-# --- NaN ----------------------------------------------------------------------------------------------------------------------
+# --- NaN ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metrics", [METRICS, METRICS[:1]])
@@ -173,14 +173,14 @@ def test_a_prompt_that_gives_nan_is_recorded_alone(fresh_pipe, metrics, steps):
     assert [row for row in table if row["error"] is None] == alone
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------------
+# --- memory -------------------------------------------------------------------------------------------------
 
-CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."
+CPU_MESSAGE = "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory"
 
 
 @pytest.fixture
 def limit(monkeypatch):
-    """A function that lets the UNet fail from a number of samples on; it returns the sizes of the batches that were tried."""
+    """A function that lets the UNet fail above a number of samples, and returns the batch sizes tried."""
 
     def set_limit(samples, error):
         tried = []
@@ -215,8 +215,9 @@ def test_the_batch_is_halved_when_memory_runs_out(tiny_pipe, limit, error, metri
     found = scorer(PROMPTS[:1], **options).rows
     for metric in metrics:
         for row, other in zip(found, expected, strict=True):
-            # Measured 3e-5: in float32 the coarse grid carries the rounding of other batch sizes on to the second step.
-            assert row[f"{metric}_seeds"] == pytest.approx(other[f"{metric}_seeds"], rel=3e-4)
+            # Measured 3e-6 (float32): other batch sizes, and the coarse grid carries their rounding on to the
+            # second step.
+            assert row[f"{metric}_seeds"] == pytest.approx(other[f"{metric}_seeds"], rel=1e-4)
     assert max(tried) > 2
     tried.clear()
     assert scorer(PROMPTS[:1], **options).rows == found
@@ -227,7 +228,9 @@ def test_one_sample_that_does_not_fit(tiny_pipe, limit):
     limit(0, torch.OutOfMemoryError("CUDA out of memory"))
     scorer = SharpnessScorer(tiny_pipe)
     for options in ({}, {"metrics": ["score_difference"]}, {"steps": [1]}, {"on_error": "record"}):
-        with pytest.raises(OutOfMemory, match=r"one sample with a latent of \(4, 16, 16\).* latent_size") as caught:
+        with pytest.raises(
+            OutOfMemory, match=r"one sample with a latent of \(4, 16, 16\).* latent_size"
+        ) as caught:
             scorer(PROMPTS, **options)
         assert "CUDA out of memory" in str(caught.value)
 
@@ -252,7 +255,9 @@ def test_signs_of_exhausted_memory():
     assert is_out_of_memory(torch.OutOfMemoryError("x"))
     assert is_out_of_memory(MemoryError())
     assert is_out_of_memory(RuntimeError(CPU_MESSAGE))
-    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
+    assert is_out_of_memory(
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    )
     assert not is_out_of_memory(RuntimeError("expected scalar type Float"))
     assert not is_out_of_memory(ValueError("can't allocate memory"))
     with pytest.raises(RuntimeError) as real:

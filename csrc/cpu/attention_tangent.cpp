@@ -60,25 +60,12 @@ Scene<T> carve(T* memory, const AttentionPrimal& p, Index tangents) {
     return scene;
 }
 
-// Rows of `width` entries, from `first` on, copied to `memory` without gaps.
-template <class T>
-Rows<T> gather(const Rows<T>& rows, T* memory, Index first, Index count, Index width) {
-    constexpr Index chunk = 32 / static_cast<Index>(sizeof(T));
-    for (Index r = 0; r < count; ++r) {
-        const T* from = rows.row(first + r);
-        T* to = memory + r * width;
-        Index e = 0;
-        for (; e + chunk <= width; e += chunk) std::memcpy(to + e, from + e, 32);
-        for (; e < width; ++e) to[e] = from[e];
-    }
-    return Rows<T>(memory, width);
-}
-
 template <class T>
 struct Work {
     const Arguments& arguments;
     const Scratch& scratch;
     Index tiles, groups, splits;  // tiles of a task; groups of the rows of a head; splits of the tangents
+    bool heads_first;             // whether a task is followed by one of the next head or of the next rows
 };
 
 // tile[key][r] = mask of the rows of a tile and keys [first_key, first_key + keys)
@@ -99,14 +86,23 @@ void fill_probability(const Scene<T>& scene, const Rows<T>& k, Index first_key, 
         constexpr int down = decltype(constant)::value;
         Accumulators<T, down> score;
         score.add_product(scene.query, k.row(first_key + key), k.stride, 1, width);
+        constexpr int together = down < 4 ? down : 4;
+#pragma GCC unroll 4
         for (int h = 0; h < kAcross; ++h) {
             const Vec<T> lse = load(scene.lse + h * kLanes<T>);
 #pragma GCC unroll 16
-            for (int m = 0; m < down; ++m) {
+            for (int m = 0; m < down; m += together) {
                 T* place = scene.probability + (key + m) * kTileRows<T> + h * kLanes<T>;
-                Vec<T> exponent = score.at[m][h];
-                if constexpr (masked) exponent += load(place);
-                store(place, exp_or_zero<T>(exponent - lse));
+                Vec<T> x[together];
+#pragma GCC unroll 16
+                for (int i = 0; i < together; ++i) {
+                    x[i] = score.at[m + i][h];
+                    if constexpr (masked) x[i] += load(place + i * kTileRows<T>);
+                    x[i] -= lse;
+                }
+                exp_or_zero<T>(x);
+#pragma GCC unroll 16
+                for (int i = 0; i < together; ++i) store(place + i * kTileRows<T>, x[i]);
             }
         }
     });
@@ -123,6 +119,7 @@ void fill_change(T* change, const Scene<T>& scene, Index tangent, const Rows<T>&
         Accumulators<T, down> score;
         if constexpr (with_query) score.add_product(query, k.row(first_key + key), k.stride, 1, width);
         if constexpr (with_key) score.add_product(scene.query, dk.row(first_key + key), dk.stride, 1, width);
+#pragma GCC unroll 4
         for (int h = 0; h < kAcross; ++h) {
             Vec<T> sum{};
 #pragma GCC unroll 16
@@ -149,6 +146,7 @@ void add_outputs(const T* change, const Scene<T>& scene, Index tangent, const Ro
         if constexpr (moving) output.add_product(change, v.row(first_key) + j, 1, v.stride, keys);
 #pragma GCC unroll 16
         for (int m = 0; m < down; ++m) {
+#pragma GCC unroll 4
             for (int h = 0; h < kAcross; ++h) {
                 T* place = outputs + (j + m) * kTileRows<T> + h * kLanes<T>;
                 store(place, load(place) + output.at[m][h]);
@@ -157,48 +155,62 @@ void add_outputs(const T* change, const Scene<T>& scene, Index tangent, const Ro
     });
 }
 
-template <bool with_query, class T>
-void prepare(const Scene<T>& scene, const Arguments& a, Index batch, Index head, Index first, Index tangents) {
-    const AttentionPrimal& p = a.primal;
-    const T scale = static_cast<T>(p.scale);
-    const Rows<T> q(p.q, 0, batch, head);
-    const T* lse = static_cast<const T*>(p.lse) + batch * p.lse_batch_stride + head * p.lse_head_stride;
-    pack_panel(scene.query, q.row(scene.first_row), q.stride, scene.rows, p.width, scale);
+// What one task works on: some rows and some tangents of one head.
+template <class T>
+struct Part {
+    const Arguments& arguments;
+    Index batch, head, first_tangent;
+
+    Rows<T> primal(const AttentionOperand& operand) const { return Rows<T>(operand, 0, batch, head); }
+    Rows<T> tangent(const AttentionOperand& operand, Index index) const {
+        return Rows<T>(operand, first_tangent + index, batch, head);
+    }
+};
+
+template <class T>
+void pack_primal(const Scene<T>& scene, const Part<T>& part) {
+    const AttentionPrimal& p = part.arguments.primal;
+    const Rows<T> q = part.primal(p.q);
+    const T* lse = static_cast<const T*>(p.lse) + part.batch * p.lse_batch_stride + part.head * p.lse_head_stride;
+    pack_panel(scene.query, q.row(scene.first_row), q.stride, scene.rows, p.width, static_cast<T>(p.scale));
     for (Index r = 0; r < kTileRows<T>; ++r) {
         const T value = r < scene.rows ? lse[(scene.first_row + r) * p.lse_row_stride] : T(0);
         // A row without any admissible key: its scores are all -inf and so its probabilities zero.
         scene.lse[r] = value == -__builtin_inf() ? T(0) : value;
     }
+}
+
+template <bool with_query, class T>
+void pack_tangent(const Scene<T>& scene, const Part<T>& part, Index tangent) {
+    const AttentionPrimal& p = part.arguments.primal;
     if constexpr (with_query) {
-        for (Index t = 0; t < tangents; ++t) {
-            const Rows<T> dq(a.dq, first + t, batch, head);
-            pack_panel(scene.queries_of(t, p.width), dq.row(scene.first_row), dq.stride, scene.rows, p.width, scale);
-        }
+        const Rows<T> dq = part.tangent(part.arguments.dq, tangent);
+        pack_panel(scene.queries_of(tangent, p.width), dq.row(scene.first_row), dq.stride, scene.rows, p.width,
+                   static_cast<T>(p.scale));
     }
-    for (Index i = 0; i < tangents * (1 + p.value_width) * kTileRows<T>; ++i) scene.sums[i] = 0;
+    T *sums = scene.sums_of(tangent), *outputs = scene.outputs_of(tangent, p.value_width);
+    for (Index i = 0; i < kTileRows<T>; ++i) sums[i] = 0;
+    for (Index i = 0; i < p.value_width * kTileRows<T>; ++i) outputs[i] = 0;
 }
 
 // result = outputs - rowsum(G) out
 template <bool moving, class T>
-void finish(const Scene<T>& scene, const Arguments& a, Index batch, Index head, Index first, Index tangents) {
-    const AttentionPrimal& p = a.primal;
-    const Rows<T> out(p.out, 0, batch, head);
-    for (Index t = 0; t < tangents; ++t) {
-        const Rows<T> result(a.result, first + t, batch, head);
-        const T* sums = scene.sums_of(t);
-        unpack_panel(scene.outputs_of(t, p.value_width), scene.rows, p.value_width,
-                     [&](Index r, Index begin, Vec<T> entries, Index count) {
-                         const T* mean = out.row(scene.first_row + r) + begin;
-                         T* place = const_cast<T*>(result.row(scene.first_row + r)) + begin;
-                         if (count == kLanes<T>) {
-                             if constexpr (moving) entries -= sums[r] * load(mean);
-                             store(place, entries);
-                         } else {
-                             if constexpr (moving) entries -= sums[r] * load_partial(mean, count);
-                             store_partial(place, entries, count);
-                         }
-                     });
-    }
+void write_result(const Scene<T>& scene, const Part<T>& part, Index tangent) {
+    const AttentionPrimal& p = part.arguments.primal;
+    const Rows<T> out = part.primal(p.out), result = part.tangent(part.arguments.result, tangent);
+    const T* sums = scene.sums_of(tangent);
+    unpack_panel(scene.outputs_of(tangent, p.value_width), scene.rows, p.value_width,
+                 [&](Index r, Index begin, Vec<T> entries, Index count) {
+                     const T* mean = out.row(scene.first_row + r) + begin;
+                     T* place = const_cast<T*>(result.row(scene.first_row + r)) + begin;
+                     if (count == kLanes<T>) {
+                         if constexpr (moving) entries -= sums[r] * load(mean);
+                         store(place, entries);
+                     } else {
+                         if constexpr (moving) entries -= sums[r] * load_partial(mean, count);
+                         store_partial(place, entries, count);
+                     }
+                 });
 }
 
 template <bool with_query, bool with_key, bool with_value, class T>
@@ -207,49 +219,50 @@ void do_task(const void* job, Index task, int slot) noexcept {
     const Work<T>& work = *static_cast<const Work<T>*>(job);
     const Arguments& a = work.arguments;
     const AttentionPrimal& p = a.primal;
-    const Index split = task % work.splits, group = task / work.splits % work.groups;
-    const Index part = task / work.splits / work.groups, batch = part / p.heads, head = part % p.heads;
+    const Index heads = p.batch * p.heads, rest = work.heads_first ? task / heads : task % (work.groups * work.splits);
+    const Index which = work.heads_first ? task % heads : task / (work.groups * work.splits);
+    const Index batch = which / p.heads, head = which % p.heads;
+    const Index split = rest % work.splits, group = rest / work.splits;
     const Index first = split * a.count / work.splits, tangents = (split + 1) * a.count / work.splits - first;
+    const Part<T> part{a, batch, head, first};
 
     T* const change = static_cast<T*>(work.scratch.slot(slot));
-    T* memory = change + kKeyBlock * kTileRows<T>;
     Scene<T> scenes[kTiles];
     Index tiles = 0;
     for (Index row = group * work.tiles * kTileRows<T>; tiles < work.tiles && row < p.rows; row += kTileRows<T>) {
-        Scene<T>& scene = scenes[tiles++] = carve<T>(memory, p, tangents);
-        memory += panels_per_tile(p, tangents) * kTileRows<T>;
-        scene.first_row = row;
-        scene.rows = p.rows - row < kTileRows<T> ? p.rows - row : kTileRows<T>;
-        prepare<with_query>(scene, a, batch, head, first, tangents);
+        T* memory = change + (kKeyBlock + tiles * panels_per_tile(p, tangents)) * kTileRows<T>;
+        scenes[tiles] = carve<T>(memory, p, tangents);
+        scenes[tiles].first_row = row;
+        scenes[tiles].rows = p.rows - row < kTileRows<T> ? p.rows - row : kTileRows<T>;
+        pack_primal(scenes[tiles++], part);
     }
 
-    const Rows<T> k_all(p.k, 0, batch, head), v_all(p.v, 0, batch, head);
-    static T buf[4*kKeyBlock*160];
-    T*b0=buf,*b1=buf+kKeyBlock*p.width, *b2=buf+kKeyBlock*(p.width+p.value_width), *b3=b2+kKeyBlock*p.width;
-    for (Index key = 0; key < p.keys; key += kKeyBlock) {
+    const Rows<T> k = part.primal(p.k), v = part.primal(p.v);
+    // Runs once where there are no keys at all: the result is zero then.
+    Index key = 0;
+    do {
         const Index keys = p.keys - key < kKeyBlock ? p.keys - key : kKeyBlock;
-        const Rows<T> k = gather(k_all, b0, key, keys, p.width);
-        const Rows<T> v = gather(v_all, b1, key, keys, p.value_width);
         for (Index i = 0; i < tiles; ++i) {
             if (p.mask != nullptr) {
                 fill_mask(scenes[i], p, batch, head, key, keys);
-                fill_probability<true>(scenes[i], k, 0, keys, p.width);
+                fill_probability<true>(scenes[i], k, key, keys, p.width);
             } else {
-                fill_probability<false>(scenes[i], k, 0, keys, p.width);
+                fill_probability<false>(scenes[i], k, key, keys, p.width);
             }
         }
+        const bool last = key + keys == p.keys;
         for (Index t = 0; t < tangents; ++t) {
-            Rows<T> dk(a.dk, first + t, batch, head), dv(a.dv, first + t, batch, head);
-            if constexpr (with_key) dk = gather(dk, b2, key, keys, p.width);
-            if constexpr (with_value) dv = gather(dv, b3, key, keys, p.value_width);
+            const Rows<T> dk = part.tangent(a.dk, t), dv = part.tangent(a.dv, t);
             for (Index i = 0; i < tiles; ++i) {
+                if (key == 0) pack_tangent<with_query>(scenes[i], part, t);
                 if constexpr (moving)
-                    fill_change<with_query, with_key>(change, scenes[i], t, k, dk, 0, keys, p.width);
-                add_outputs<moving, with_value>(change, scenes[i], t, v, dv, 0, keys, p.value_width);
+                    fill_change<with_query, with_key>(change, scenes[i], t, k, dk, key, keys, p.width);
+                add_outputs<moving, with_value>(change, scenes[i], t, v, dv, key, keys, p.value_width);
+                if (last) write_result<moving>(scenes[i], part, t);
             }
         }
-    }
-    for (Index i = 0; i < tiles; ++i) finish<moving>(scenes[i], a, batch, head, first, tangents);
+        key += keys;
+    } while (key < p.keys);
 }
 
 template <class T>
@@ -276,14 +289,18 @@ void run(const Arguments& a) {
     while (splits < a.count && bytes(1, (a.count + splits - 1) / splits) > kScratchBytes) ++splits;
     while (tiles < kTiles && bytes(tiles + 1, (a.count + splits - 1) / splits) <= kScratchBytes) ++tiles;
     const int threads = a.threads > 1 ? a.threads : 1;
-    const auto groups = [&] { return (p.rows + tiles * kTileRows<T> - 1) / (tiles * kTileRows<T>); };
+    const Index all = (p.rows + kTileRows<T> - 1) / kTileRows<T>;
+    const auto groups = [&] { return (all + tiles - 1) / tiles; };
     const auto tasks = [&] { return p.batch * p.heads * groups() * splits; };
     if (threads > 1) {
         while (tiles > 1 && tasks() < kTasksPerThread * threads) --tiles;
         while (splits < a.count && tasks() < kTasksPerThread * threads) ++splits;
     }
+    tiles = (all + groups() - 1) / groups();
     const Scratch scratch(threads, bytes(tiles, (a.count + splits - 1) / splits));
-    const Work<T> work{a, scratch, tiles, groups(), splits};
+    // With few keys most of the time goes into reading and writing rows; those of all heads may share cache lines and
+    // pages. With many keys those of one head are better kept in the cache.
+    const Work<T> work{a, scratch, tiles, groups(), splits, p.rows > p.keys};
     parallel_for(tasks(), threads, choose_task<T>(a), &work);
 }
 

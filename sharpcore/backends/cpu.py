@@ -115,12 +115,13 @@ def attention_tangent(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result [K, B, H, L, Ev] lies in memory as [K, B, L, H, Ev]."""
+    """As its namesake in sharpcore.backends.reference; the result [K, B, H, L, Ev] lies in memory as [K, B,
+    L, H, Ev]."""
     tangents = (dq, dk, dv)
     given = [t for t in tangents if t is not None]
     native = extension()
     if native is None or not _computable([q, k, v, out, lse, *given, *([] if mask is None else [mask])]):
-        return reference.attention_tangent(q, k, v, out, lse, dq, dk, dv, mask=mask, scale=scale)
+        return reference.KERNELS["attention_tangent"](q, k, v, out, lse, dq, dk, dv, mask=mask, scale=scale)
     _check_attention(q, k, v, out, lse)
     if not given:
         raise InvalidInput("dq, dk, dv: expected at least one tangent, got None for all")
@@ -130,13 +131,13 @@ def attention_tangent(
             raise InvalidInput(f"{name}: expected shape {[count, *primal.shape]}, got {list(tangent.shape)}")
 
     leading = q.shape[:-2]
-    primal = _AttentionPrimal(q, k, v, out, lse, mask, scale)
+    kept = _AttentionPrimal(q, k, v, out, lse, mask, scale)
     result = _empty_heads(q, (count, *leading, q.shape[-2], v.shape[-1]))
     if result.numel() == 0:
         return result
     operands = [None if t is None else _as_heads(t, 1) for t in (result, dq, dk, dv)]
     native.attention_tangent(
-        **primal.arguments,
+        **kept.arguments,
         **dict(zip(("result", "dq", "dk", "dv"), map(_operand, operands), strict=True)),
         count=count,
         threads=torch.get_num_threads(),
@@ -159,7 +160,8 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 
 
 class _AttentionPrimal:
-    """The primal operands as [B, H, rows, width], whose memory they keep alive, and as arguments of the kernels."""
+    """The primal operands as [B, H, rows, width], whose memory they keep alive, and as arguments of the
+    kernels."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float

@@ -1,4 +1,4 @@
-"""Metrics of memorization: one file a metric, each a function of what the two branches of a guided network show."""
+"""Metrics of memorization: one file a metric, functions of what the two guidance branches show."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from sharpcore.detect.hessian_score_difference import HessianScoreDifference
 from sharpcore.detect.score_difference import ScoreDifference
 from sharpcore.errors import InvalidInput, NonFiniteError
 
-METRICS: dict[str, type[Metric]] = {metric.name: metric for metric in (ScoreDifference, HessianScoreDifference)}
+METRICS: dict[str, type[Metric]] = {
+    metric.name: metric for metric in (ScoreDifference, HessianScoreDifference)
+}
 
 
 def make_metrics(names: Sequence[str], *, squared: bool) -> list[Metric]:
@@ -32,11 +34,11 @@ def make_metrics(names: Sequence[str], *, squared: bool) -> list[Metric]:
 
 
 def compute_metrics(metrics: Sequence[Metric], evidence: Evidence) -> Tensor:
-    """The metrics of B samples, [len(metrics), B], float64. Raises NonFiniteError where one is NaN or infinite."""
+    """The metrics of B samples, [len(metrics), B], float64. Raises NonFiniteError for NaN or infinity."""
     values = torch.stack([metric.compute(evidence) for metric in metrics])
     for metric, row in zip(metrics, values, strict=True):
         if not bool(torch.isfinite(row).all()):
             raise NonFiniteError(
-                f"{metric.name}: NaN or infinity; the network's prediction or its derivative is not finite here"
+                f"{metric.name}: NaN or infinity; the network's prediction or derivative is not finite here"
             )
     return values

@@ -11,11 +11,12 @@ from torch import Tensor
 
 
 class Evidence:
-    """The difference of the scores of B samples with and without their prompt, and the Hessian's product with it.
+    """The difference of B scores with and without their prompt, and the Hessian's product with it.
 
-    `difference` is s_D = s(x, prompt) - s(x, no prompt), [B, ...] in the network's dtype; `product` makes H_D s_D, [B, ...], and
-    runs at most once, when a metric asks for it. Both in the units that were asked for: score units, or eps units (where the
-    score stands for the predicted noise and the Hessian for its Jacobian).
+    `difference` is s_D = s(x, prompt) - s(x, no prompt), [B, ...] in the network's dtype; `product` makes H_D
+    s_D, [B, ...], and runs at most once, when a metric asks for it. Both in the units that were asked for:
+    score units, or eps units (where the score stands for the predicted noise and the Hessian for its
+    Jacobian).
     """
 
     def __init__(self, difference: Tensor, product: Callable[[Tensor], Tensor]) -> None:
@@ -24,7 +25,7 @@ class Evidence:
 
     @cached_property
     def hessian_difference_product(self) -> Tensor:
-        """H_D s_D, [B, ...], by the plain (not symmetrized) Jacobians of the network, as in arXiv 2412.04140."""
+        """H_D s_D, [B, ...], by the network's plain (not symmetrized) Jacobians, as in arXiv 2412.04140."""
         return self._product(self.difference)
 
 

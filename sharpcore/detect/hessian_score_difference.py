@@ -8,13 +8,16 @@ from sharpcore.detect.evidence import Evidence, Metric, sample_norms
 
 
 class HessianScoreDifference(Metric):
-    """||(H(x, prompt) - H(x, no prompt)) s_D||^2, or its square root with squared=False (arXiv 2412.04140, section 4).
+    """||(H(x, prompt) - H(x, no prompt)) s_D||^2, or its root with squared=False (arXiv 2412.04140).
 
     The paper squares, its released code does not: the same ranking for one seed, not for means over several.
     """
 
     name = "hessian_score_difference"
-    source = "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, arXiv 2412.04140"
+    source = (
+        "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, "
+        "arXiv 2412.04140"
+    )
     needs_product = True
 
     def compute(self, evidence: Evidence) -> Tensor:

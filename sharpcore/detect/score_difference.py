@@ -8,10 +8,13 @@ from sharpcore.detect.evidence import Evidence, Metric, sample_norms
 
 
 class ScoreDifference(Metric):
-    """||s(x, prompt) - s(x, no prompt)||; large where a prompt is memorized (Wen et al., ICLR 2024, arXiv 2407.21720)."""
+    """||s(x, prompt) - s(x, no prompt)||; large for memorized prompts (Wen et al., arXiv 2407.21720)."""
 
     name = "score_difference"
-    source = "Wen et al., Detecting, Explaining, and Mitigating Memorization in Diffusion Models, ICLR 2024, arXiv 2407.21720"
+    source = (
+        "Wen et al., Detecting, Explaining, and Mitigating Memorization in Diffusion Models, ICLR 2024, "
+        "arXiv 2407.21720"
+    )
 
     def compute(self, evidence: Evidence) -> Tensor:
         return sample_norms(evidence.difference)

@@ -3,7 +3,8 @@ go through."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -122,6 +123,18 @@ def rule(*ops: Any) -> Callable[[Rule], Rule]:
         return function
 
     return register
+
+
+@contextlib.contextmanager
+def autograd_enabled() -> Iterator[None]:
+    """PyTorch's own derivatives, also inside a dispatch mode, where they are switched off for the caller's
+    operation."""
+    include = torch._C._dispatch_tls_local_include_set()
+    exclude = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        exclude = exclude.remove(key)
+    with torch._C._ForceDispatchKeyGuard(include, exclude):
+        yield
 
 
 def lift(tangent: Tensor, ndim: int) -> Tensor:

@@ -50,7 +50,9 @@ class AutogradFallback(LinearMap):
         return leaves, [outputs[i] for i in self.outputs]
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        present = [(slot, cotangents[i]) for slot, i in enumerate(self.outputs) if cotangents[i] is not None]
+        # Norms hand over the cotangent of their first output alone.
+        given = dict(enumerate(cotangents))
+        present = [(slot, given[i]) for slot, i in enumerate(self.outputs) if given.get(i) is not None]
         if not present:
             return (None,) * len(self.active)
         rows = []

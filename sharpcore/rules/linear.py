@@ -51,7 +51,7 @@ class Convolution(LinearMap):
 def convolution(call: Call) -> LinearMap | None:
     # An unbatched convolution reaches ATen with a batch axis already added, and an active weight or bias is
     # no score network's.
-    return Convolution(call) if call.active == (0,) else None
+    return Convolution(call) if call.active == (0,) and not call.args[1].is_complex() else None
 
 
 class Linear(LinearMap):
@@ -66,7 +66,7 @@ class Linear(LinearMap):
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent @ self.weight,)
+        return (None if cotangent is None else cotangent @ self.weight.conj(),)
 
     def flops(self, k: int) -> int:
         return 2 * k * self.rows * self.weight.numel()
@@ -137,11 +137,11 @@ class MatrixProduct(LinearMap):
         results: list[Tensor | None] = []
         if self.bias is not None:
             results.append(self.bias.vjp(kernels, [cotangent])[0])
-        scaled = cotangent if self.alpha == 1 else cotangent * self.alpha
+        scaled = cotangent if self.alpha == 1 else cotangent * self.alpha.conjugate()
         if self.b is not None:
-            results.append(_left_product(scaled, self.b.mT))
+            results.append(_left_product(scaled, self.b.mH))
         if self.a is not None:
-            results.append(_right_product(self.a.mT, scaled))
+            results.append(_right_product(self.a.mH, scaled))
         return results
 
     def flops(self, k: int) -> int:

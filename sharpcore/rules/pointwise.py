@@ -25,7 +25,7 @@ class Scale(LinearMap):
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else unbroadcast(cotangent * self.factor, self.shape),)
+        return (None if cotangent is None else unbroadcast(cotangent * self.factor.conj(), self.shape),)
 
 
 class ScalarScale(LinearMap):
@@ -39,7 +39,7 @@ class ScalarScale(LinearMap):
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent * self.factor,)
+        return (None if cotangent is None else cotangent * self.factor.conjugate(),)
 
 
 class Broadcast(LinearMap):
@@ -59,7 +59,7 @@ class Broadcast(LinearMap):
         if cotangent is None:
             return (None,)
         cotangent = unbroadcast(cotangent, self.shape)
-        return (cotangent if self.factor == 1 else cotangent * self.factor,)
+        return (cotangent if self.factor == 1 else cotangent * self.factor.conjugate(),)
 
 
 class Sum(LinearMap):
@@ -81,7 +81,7 @@ class Sum(LinearMap):
         if cotangent is None:
             return (None, None)
         first, second = (unbroadcast(cotangent, shape) for shape in self.shapes)
-        return (first, second if self.factor == 1 else second * self.factor)
+        return (first, second if self.factor == 1 else second * self.factor.conjugate())
 
 
 class SumOfScales(LinearMap):

@@ -87,6 +87,8 @@ class Copied(LinearMap):
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
+        if cotangent is not None and cotangent.is_complex() and not self.source_dtype.is_complex:
+            cotangent = cotangent.real
         back = None if cotangent is None else self.expand.vjp(kernels, [cotangent.to(self.source_dtype)])[0]
         return tuple(back if position == 1 else None for position in self.active)
 
@@ -94,7 +96,7 @@ class Copied(LinearMap):
 @rule(aten.copy.default)
 def copy(call: Call) -> LinearMap | None:
     target, source = call.args[:2]
-    if 1 not in call.active or source.is_complex() != target.is_complex():
+    if 1 not in call.active or (source.is_complex() and not target.is_complex()):
         return None
     return Copied(target.shape, source, call.active, target.dtype)  # type: ignore[arg-type]
 

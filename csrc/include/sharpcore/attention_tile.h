@@ -15,7 +15,7 @@
 #include <immintrin.h>
 #endif
 
-// The products must be inlined: their accumulators live in registers.
+// For functions whose vectors must stay in registers: those of the innermost loops.
 #define SHARPCORE_INLINE inline __attribute__((always_inline))
 
 namespace sharpcore::SHARPCORE_ISA {
@@ -85,11 +85,11 @@ struct Accumulators {
 template <class T>
 inline Vec<T> at_least(Vec<T> x, T low) {
 #if defined(__AVX512F__)
-    // The compiler makes two instructions of the comparison below.
+    // One instruction; the comparison below becomes two. GCC warns of the unmasked intrinsic.
     if constexpr (sizeof(T) == 4)
-        return _mm512_max_ps(broadcast(low), x);
+        return _mm512_mask_max_ps(x, 0xffff, broadcast(low), x);
     else
-        return _mm512_max_pd(broadcast(low), x);
+        return _mm512_mask_max_pd(x, 0xff, broadcast(low), x);
 #else
     return x < low ? broadcast(low) : x;
 #endif
@@ -119,26 +119,36 @@ struct PowerConstants<double> {
                                               0x1.c3bd650fc2986p-36, 0x1.816193166d0f9p-40};
 };
 
-// exp(x), zero where x < -87.7 (float) or -708.7 (double); for x below 88 or 709.
-template <class T>
-inline Vec<T> exp_or_zero(Vec<T> x) {
+// x = exp(x), zero where x < -87.7 (float) or -708.7 (double); for x below 88 or 709. Several vectors at once, step by
+// step, hide the latency of the steps.
+template <class T, int n>
+SHARPCORE_INLINE void exp_or_zero(Vec<T> (&x)[n]) {
     using C = ExpConstants<T>;
     using P = PowerConstants<T>;
     using Bits = typename VectorOf<T>::Bits;
     constexpr T log2e = static_cast<T>(1.4426950408889634);
-    x = at_least<T>(x, P::low);
-    const Vec<T> shifted = x * log2e + C::shift;
-    const Vec<T> n = shifted - C::shift;
-    const Vec<T> r = x * log2e - n;
-    Vec<T> sum = broadcast(P::coefficients[P::degree]);
+    Vec<T> shifted[n], sum[n];
 #pragma GCC unroll 16
-    for (int i = P::degree - 1; i >= 0; --i) sum = sum * r + P::coefficients[i];
-    Bits power;
-    std::memcpy(&power, &shifted, sizeof(power));
-    power = (power << C::mantissa) + C::one;
-    Vec<T> scale;
-    std::memcpy(&scale, &power, sizeof(scale));
-    return sum * scale;
+    for (int i = 0; i < n; ++i) x[i] = at_least<T>(x[i], P::low);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) shifted[i] = x[i] * log2e + C::shift;
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) x[i] = x[i] * log2e - (shifted[i] - C::shift);
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) sum[i] = P::coefficients[P::degree] * x[i] + P::coefficients[P::degree - 1];
+#pragma GCC unroll 16
+    for (int term = P::degree - 2; term >= 0; --term)
+#pragma GCC unroll 16
+        for (int i = 0; i < n; ++i) sum[i] = sum[i] * x[i] + P::coefficients[term];
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) {
+        Bits power;
+        std::memcpy(&power, &shifted[i], sizeof(power));
+        power = (power << C::mantissa) + C::one;
+        Vec<T> scale;
+        std::memcpy(&scale, &power, sizeof(scale));
+        x[i] = sum[i] * scale;
+    }
 }
 
 // A [a0, b0, a1, b1, ...] of the lower (or upper) halves of two vectors.
@@ -222,8 +232,6 @@ struct Rows {
                                        : static_cast<const T*>(operand.data) + tangent * operand.count_stride +
                                              batch * operand.batch_stride + head * operand.head_stride),
           stride(operand.row_stride) {}
-
-    Rows(const T* first, Index row_stride) : data(first), stride(row_stride) {}
 
     const T* row(Index index) const { return data + index * stride; }
 };

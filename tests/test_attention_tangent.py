@@ -1,0 +1,276 @@
+"""Attention: the reference against torch.func.jvp, and the backends' kernels against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharpcore.backends import cpu, get_backend, reference
+from sharpcore.testing.tolerance import assert_error_at_most, relative_error
+
+LENGTHS = (1, 7, 33, 77, 144, 1025)
+WIDTHS = (8, 40, 59, 64, 80, 111, 160)
+COUNTS = (1, 2, 3, 8, 17)
+# Every operand that can carry a tangent, alone and together.
+ACTIVE = [active for active in itertools.product((True, False), repeat=3) if any(active)]
+needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@dataclass
+class Case:
+    """One attention with its primal results and K tangents, [B, H, L, E] views of [B, L, H, E] memory."""
+
+    length: int
+    keys: int
+    width: int
+    value_width: int | None = None
+    count: int = 2
+    batch: int = 2
+    heads: int = 2
+    gain: float = 1.0
+    mask: Tensor | None = None
+    active: tuple[bool, bool, bool] = (True, True, True)
+    dtype: torch.dtype = torch.float64
+    tensors: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wide = self.value_width or self.width
+        sizes = {"q": (self.length, self.width), "k": (self.keys, self.width), "v": (self.keys, wide)}
+        for seed, (name, (rows, columns)) in enumerate(sizes.items()):
+            shape = (self.batch, rows, self.heads, columns)
+            self.tensors[name] = (self.gain * normal(*shape, seed=seed)).to(self.dtype).transpose(1, 2)
+            tangent = normal(self.count, *shape, seed=10 + seed).to(self.dtype).transpose(2, 3)
+            self.tensors["d" + name] = tangent if self.active[seed] else None
+        self.scale = self.width**-0.5
+        out, lse = reference.KERNELS["attention_forward"](*self.qkv, mask=self.mask_as(), scale=self.scale)
+        self.tensors.update(out=out, lse=lse)
+
+    def mask_as(self) -> Tensor | None:
+        return None if self.mask is None else self.mask.to(self.dtype)
+
+    @property
+    def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.tensors["q"], self.tensors["k"], self.tensors["v"]
+
+    def tangent(self, backend: str) -> Tensor:
+        t = self.tensors
+        kernel = get_backend(backend, device="cpu", dtype=self.dtype).attention_tangent
+        names = ("q", "k", "v", "out", "lse", "dq", "dk", "dv")
+        return kernel(*(t[name] for name in names), mask=self.mask_as(), scale=self.scale)
+
+    def adjoint(self, backend: str, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        kernel = get_backend(backend, device="cpu", dtype=self.dtype).attention_adjoint
+        primal = (self.tensors[name] for name in ("q", "k", "v", "out", "lse"))
+        return kernel(*primal, cotangent, mask=self.mask_as(), scale=self.scale, needed=self.active)
+
+    def cotangent(self) -> Tensor:
+        return normal(self.count, *self.tensors["out"].shape, seed=30).to(self.dtype)
+
+    def as_float64(self) -> Case:
+        """The same numbers in float64, with primal results of that precision."""
+        wide = Case(**{**self.arguments(), "dtype": torch.float64})
+        for name in ("q", "k", "v", "dq", "dk", "dv"):
+            value = self.tensors[name]
+            wide.tensors[name] = None if value is None else value.double()
+        mask = None if self.mask is None else self.mask.double()
+        out, lse = reference.KERNELS["attention_forward"](*wide.qkv, mask=mask, scale=self.scale)
+        wide.tensors.update(out=out, lse=lse)
+        return wide
+
+    def arguments(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in Case.__dataclass_fields__ if name != "tensors"}
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    scores = q @ k.mT * scale
+    return torch.softmax(scores if mask is None else scores + mask, -1) @ v
+
+
+def banded_mask(length: int, keys: int, heads: int = 1) -> Tensor:
+    """Additive, with -inf for part of the keys of each row and finite biases elsewhere."""
+    bias = normal(1, heads, length, keys, seed=50)
+    hidden = normal(1, heads, length, keys, seed=51) > 0.5
+    hidden[..., 0] = False
+    return bias.masked_fill(hidden, float("-inf"))
+
+
+@pytest.mark.parametrize("active", ACTIVE)
+@pytest.mark.parametrize("masked", [False, True])
+def test_reference_is_the_derivative_of_attention(active: tuple[bool, bool, bool], masked: bool) -> None:
+    case = Case(7, 33, 8, 5, active=active, mask=banded_mask(7, 33, 2) if masked else None)
+    zero = [torch.zeros(case.count, *t.shape, dtype=t.dtype) for t in case.qkv]
+    tangents = [
+        z if t is None else t
+        for z, t in zip(zero, (case.tensors[n] for n in ("dq", "dk", "dv")), strict=True)
+    ]
+    expected = torch.stack(
+        [
+            torch.func.jvp(
+                lambda *qkv: plain_attention(*qkv, case.mask, case.scale),
+                case.qkv,
+                tuple(tangent[i] for tangent in tangents),
+            )[1]
+            for i in range(case.count)
+        ]
+    )
+    assert relative_error(case.tangent("reference"), expected) < 1e-13  # measured 4e-16
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("length", LENGTHS[:-1])
+def test_kernel_over_lengths_and_widths(length: int, width: int, dtype: torch.dtype) -> None:
+    keys = LENGTHS[(LENGTHS.index(length) + width) % 5]
+    check(Case(length, keys, width, dtype=dtype, batch=1, active=ACTIVE[(length + width) % len(ACTIVE)]))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("width", [8, 40, 160])
+def test_kernel_on_many_keys(width: int, dtype: torch.dtype) -> None:
+    check(Case(1025, 1025, width, dtype=dtype, batch=1, heads=1, count=1))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("active", ACTIVE)
+@pytest.mark.parametrize("count", COUNTS)
+def test_kernel_over_counts(count: int, active: tuple[bool, bool, bool], dtype: torch.dtype) -> None:
+    check(Case(33, 77, 24, 11, count=count, active=active, dtype=dtype))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("heads", [1, 2])
+def test_kernel_with_masks(heads: int, dtype: torch.dtype) -> None:
+    mask = banded_mask(33, 77, heads)
+    check(Case(33, 77, 16, dtype=dtype, mask=mask))
+    check(Case(33, 77, 16, dtype=dtype, mask=mask[:, :, :1]))
+    check(Case(33, 77, 16, dtype=dtype, mask=mask[0, 0]))
+    check(Case(33, 77, 16, dtype=dtype, mask=mask, active=(True, False, False)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_rows_without_an_admissible_key_do_not_move(backend: str) -> None:
+    mask = banded_mask(9, 20)
+    mask[..., 4, :] = float("-inf")
+    case = Case(9, 20, 8, mask=mask)
+    result = case.tangent(backend)
+    assert bool(torch.isfinite(result).all())
+    assert bool((result[..., 4, :] == 0).all())
+    assert float(result[..., 3, :].abs().max()) > 0
+    for grad in case.adjoint(backend, case.cotangent()):
+        assert grad is not None
+        assert bool(torch.isfinite(grad).all())
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernel_on_huge_logits_and_denormals(dtype: torch.dtype) -> None:
+    check(Case(33, 40, 16, dtype=dtype, gain=30.0), floor=1e-4 if dtype is torch.float32 else 1e-12)
+    check(Case(33, 40, 16, dtype=dtype, gain=1e-22))
+
+
+def check(case: Case, floor: float = 0.0) -> None:
+    """The kernel against the float64 reference, for the tangent and its transpose."""
+    floor = floor or (1e-13 if case.dtype is torch.float64 else 2e-6)
+    exact = case.as_float64()
+    truth, ours, plain = exact.tangent("reference"), case.tangent("cpu"), case.tangent("reference")
+    assert ours.shape == truth.shape
+    assert ours.dtype == case.dtype
+    # Measured: float64 at most 4e-15; float32 at most 1.3 times the reference's own error.
+    judge(ours, plain, truth, floor)
+    cotangent = case.cotangent()
+    for name, *grads in zip(
+        "qkv",
+        exact.adjoint("reference", cotangent.double()),
+        case.adjoint("cpu", cotangent),
+        case.adjoint("reference", cotangent),
+        strict=True,
+    ):
+        expected, got, usual = grads
+        assert (expected is None) == (got is None), name
+        if expected is not None and got is not None and usual is not None:
+            judge(got, usual, expected, floor)
+
+
+def judge(ours: Tensor, plain: Tensor, truth: Tensor, floor: float) -> None:
+    if float(truth.norm()) < 1e-12:
+        # With one key the probabilities do not move: only rounding is left of terms of order one.
+        assert float(ours.abs().max()) < 10 * floor
+        return
+    assert_error_at_most(relative_error(ours, truth), relative_error(plain, truth), floor=floor)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("active", ACTIVE)
+def test_adjoint_is_the_transpose(backend: str, active: tuple[bool, bool, bool]) -> None:
+    case = Case(19, 35, 12, 9, active=active)
+    cotangent = case.cotangent()
+    pushed = case.tangent(backend)
+    pulled = case.adjoint(backend, cotangent)
+    tangents = [case.tensors[name] for name in ("dq", "dk", "dv")]
+    for i in range(case.count):
+        left = float((cotangent[i] * pushed[i]).sum())
+        right = sum(
+            float((grad[i] * tangent[i]).sum())
+            for grad, tangent in zip(pulled, tangents, strict=True)
+            if grad is not None and tangent is not None
+        )
+        assert abs(left - right) < 1e-11 * (1 + abs(left))
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_number_of_threads_does_not_change_a_bit(dtype: torch.dtype) -> None:
+    case = Case(77, 144, 40, dtype=dtype, count=3)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append([case.tangent("cpu"), *case.adjoint("cpu", case.cotangent())])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_extension
+def test_layout_of_operands_does_not_matter() -> None:
+    case = Case(33, 20, 16, count=3)
+    expected = case.tangent("cpu")
+    for name in ("q", "k", "v", "dq", "dk", "dv", "out", "lse"):
+        case.tensors[name] = case.tensors[name].contiguous()
+    assert relative_error(case.tangent("cpu"), expected) < 1e-15
+    strided = case.tensors["dq"].mT.contiguous().mT
+    assert strided.stride(-1) != 1
+    case.tensors["dq"] = strided
+    assert relative_error(case.tangent("cpu"), expected) < 1e-15
+    case.tensors["dq"] = strided[:1].expand(3, -1, -1, -1, -1)
+    assert torch.equal(case.tangent("cpu")[0], expected[0])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("leading", [(), (5,), (2, 3, 2)])
+def test_other_leading_axes(backend: str, leading: tuple[int, ...]) -> None:
+    q, k, v = (normal(*leading, n, 8, seed=i) for i, n in enumerate((9, 20, 20)))
+    dq, dk, dv = (normal(2, *t.shape, seed=10 + i) for i, t in enumerate((q, k, v)))
+    kernels = get_backend(backend, device="cpu", dtype=torch.float64)
+    out, lse = kernels.attention_forward(q, k, v, mask=None, scale=0.3)
+    ours = kernels.attention_tangent(q, k, v, out, lse, dq, dk, dv, mask=None, scale=0.3)
+    for i in range(2):
+        expected = torch.func.jvp(
+            lambda *qkv: plain_attention(*qkv, None, 0.3), (q, k, v), (dq[i], dk[i], dv[i])
+        )[1]
+        assert relative_error(ours[i], expected) < 1e-13
