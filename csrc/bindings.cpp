@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "sharpcore/attention_adjoint.h"
 #include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
 #include "sharpcore/geglu_tangent.h"
@@ -132,6 +133,20 @@ sharpcore::AttentionTangentArguments attention_tangent_arguments(OperandTuple q,
             threads};
 }
 
+sharpcore::AttentionAdjointArguments attention_adjoint_arguments(
+    OperandTuple q, OperandTuple k, OperandTuple v, OperandTuple out, Address lse,
+    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
+    bool float64, std::array<std::int64_t, 6> sizes, OperandTuple cotangent, OperandTuple grad_q, OperandTuple grad_k,
+    OperandTuple grad_v, std::int64_t count, int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes),
+            operand(cotangent),
+            operand(grad_q),
+            operand(grad_k),
+            operand(grad_v),
+            count,
+            threads};
+}
+
 // Defines a function of the module that packs its arguments with `pack` and runs `kernel` without the GIL.
 template <class Arguments, class... Parameters, class... Names>
 void define_kernel(py::module_& module, const char* name, void (*kernel)(const Arguments&),
@@ -180,6 +195,13 @@ PYBIND11_MODULE(_C, module) {
                       }),
                   attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
                   "scale", "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
+    define_kernel(module, "attention_adjoint",
+                  static_cast<void (*)(const sharpcore::AttentionAdjointArguments&)>(
+                      [](const sharpcore::AttentionAdjointArguments& arguments) {
+                          SHARPCORE_CALL_KERNEL(attention_adjoint, arguments);
+                      }),
+                  attention_adjoint_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
+                  "scale", "float64", "sizes", "cotangent", "grad_q", "grad_k", "grad_v", "count", "threads");
 
     const auto define_layer_norm = [&](const char* name, void (*kernel)(const sharpcore::LayerNormArguments&)) {
         define_kernel(module, name, kernel, layer_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_sd.captions import CaptionPlan
 from tiny_sd.digits import load_digits
 from tiny_sd.settings import LATENT_SHAPE, Settings
@@ -133,9 +134,22 @@ def make_model(out: Path, settings: Settings, resume: bool, stop_after: int | No
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
+    name_text_weights(out / "text_encoder" / "model.safetensors")
     write_results(out, pipeline, plan, settings, denoiser, command)
     checkpoint.path.unlink()
     say(f"wrote {out}")
+
+
+def name_text_weights(path: Path) -> None:
+    """Name the text encoder's weights as every version of transformers reads them.
+
+    Versions since 5 write them without the prefix `text_model.`, and older ones then silently start from
+    random weights.
+    """
+    prefix = "text_model."
+    weights = load_file(path)
+    named = {name if name.startswith(prefix) else prefix + name: tensor for name, tensor in weights.items()}
+    save_file(named, path, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def test_warnings_name_the_row_of_the_file(fake, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "0"], "--seeds: expected at least one seed"),
+        (["--seeds", "0"], "--seeds: expected a number of seeds from 1"),
         (["--seeds", "42,42"], "--seeds: expected different numbers"),
         (["--steps", "x"], "--steps: expected numbers"),
         (["--steps", "-1"], "--steps: expected numbers"),

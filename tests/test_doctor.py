@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 
 import pytest
@@ -14,7 +15,7 @@ from sharpcore.cli import app, default_model
 
 def test_report_of_a_sound_installation():
     report = json.loads(json.dumps(doctor.examine(default_model()), allow_nan=False))
-    assert report["versions"]["torch"] == torch.__version__
+    assert report["versions"]["torch"] == importlib.metadata.version("torch")
     assert report["model"]["complete"]
     assert {row["backend"] for row in report["backends"]} == {row.backend for row in backends.support_table()}
     assert len(report["self_test"]) == 3

@@ -151,7 +151,7 @@ CHANGES = {
     "through .data": set_weight,
     "LoRA": add_adapter,
     "FreeU": lambda pipe: pipe.unet.enable_freeu(0.9, 0.2, 1.2, 1.4),
-    "text encoder": lambda pipe: pipe.text_encoder.final_layer_norm.weight.data.mul_(1.5),
+    "text encoder": lambda pipe: pipe.text_encoder.get_input_embeddings().weight.data.mul_(1.5),
     "hook": lambda pipe: pipe.unet.conv_in.register_forward_hook(lambda module, args, out: out * 1.5),
     "forward": lambda pipe: setattr(
         pipe.unet.mid_block, "forward", lambda hidden, *args, **kwargs: hidden * 2

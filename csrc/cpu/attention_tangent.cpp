@@ -10,25 +10,12 @@ namespace {
 
 using Arguments = AttentionTangentArguments;
 
-// Keys of a block: a tile of so many keys fits into the first-level cache beside the panels of small heads.
-constexpr Index kKeyBlock = 64;
-
-// Most tiles of query rows of one task; they share what a block of keys costs to bring into the cache.
-constexpr Index kTiles = 8;
-
-// Scratch memory of a thread is at most about this, or what one tile and one tangent need: so it depends on the head
-// size and on nothing else.
-constexpr Index kScratchBytes = 512 * 1024;
-
-// Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
-constexpr Index kTasksPerThread = 4;
-
 // Scratch memory of one tile. Panels have kTileRows columns, one a query row.
 template <class T>
 struct Scene {
     T* query;        // [width]: scale * q
     T* lse;          // [1]
-    T* probability;  // [kKeyBlock]: P of a block of keys
+    T* probability;  // [kBlock]: P of a block of keys
     T* queries;      // per tangent [width]: scale * dq
     T* sums;         // per tangent [1]: rowsum(G)
     T* outputs;      // per tangent [value_width]: P dv + G v
@@ -40,7 +27,7 @@ struct Scene {
 };
 
 constexpr Index panels_per_tile(const AttentionPrimal& p, Index tangents) {
-    return p.width + 1 + kKeyBlock + tangents * (p.width + 1 + p.value_width);
+    return p.width + 1 + kBlock + tangents * (p.width + 1 + p.value_width);
 }
 
 template <class T>
@@ -53,60 +40,19 @@ Scene<T> carve(T* memory, const AttentionPrimal& p, Index tangents) {
     };
     scene.query = take(p.width);
     scene.lse = take(1);
-    scene.probability = take(kKeyBlock);
+    scene.probability = take(kBlock);
     scene.queries = take(tangents * p.width);
     scene.sums = take(tangents);
     scene.outputs = take(tangents * p.value_width);
     return scene;
 }
 
-template <class T>
 struct Work {
     const Arguments& arguments;
     const Scratch& scratch;
-    Index tiles, groups, splits;  // tiles of a task; groups of the rows of a head; splits of the tangents
-    bool heads_first;             // whether a task is followed by one of the next head or of the next rows
+    Shares shares;
+    bool heads_first;  // whether a task is followed by one of the next head or of the next rows
 };
-
-// tile[key][r] = mask of the rows of a tile and keys [first_key, first_key + keys)
-template <class T>
-void fill_mask(const Scene<T>& scene, const AttentionPrimal& p, Index batch, Index head, Index first_key, Index keys) {
-    const T* mask = static_cast<const T*>(p.mask) + batch * p.mask_batch_stride + head * p.mask_head_stride +
-                    scene.first_row * p.mask_row_stride + first_key * p.mask_key_stride;
-    for (Index key = 0; key < keys; ++key)
-        for (Index r = 0; r < kTileRows<T>; ++r)
-            scene.probability[key * kTileRows<T> + r] =
-                r < scene.rows ? mask[r * p.mask_row_stride + key * p.mask_key_stride] : T(0);
-}
-
-// scene.probability = exp(scores - lse); with `masked` it holds the mask before.
-template <bool masked, class T>
-void fill_probability(const Scene<T>& scene, const Rows<T>& k, Index first_key, Index keys, Index width) {
-    in_steps(keys, [&](Index key, auto constant) {
-        constexpr int down = decltype(constant)::value;
-        Accumulators<T, down> score;
-        score.add_product(scene.query, k.row(first_key + key), k.stride, 1, width);
-        constexpr int together = down < 4 ? down : 4;
-#pragma GCC unroll 4
-        for (int h = 0; h < kAcross; ++h) {
-            const Vec<T> lse = load(scene.lse + h * kLanes<T>);
-#pragma GCC unroll 16
-            for (int m = 0; m < down; m += together) {
-                T* place = scene.probability + (key + m) * kTileRows<T> + h * kLanes<T>;
-                Vec<T> x[together];
-#pragma GCC unroll 16
-                for (int i = 0; i < together; ++i) {
-                    x[i] = score.at[m + i][h];
-                    if constexpr (masked) x[i] += load(place + i * kTileRows<T>);
-                    x[i] -= lse;
-                }
-                exp_or_zero<T>(x);
-#pragma GCC unroll 16
-                for (int i = 0; i < together; ++i) store(place + i * kTileRows<T>, x[i]);
-            }
-        }
-    });
-}
 
 // change = P * scale (dq k^T + q dk^T) of one tangent; its row sums are added to `sums`.
 template <bool with_query, bool with_key, class T>
@@ -134,27 +80,6 @@ void fill_change(T* change, const Scene<T>& scene, Index tangent, const Rows<T>&
     });
 }
 
-// outputs += P dv + G v over the keys of a block.
-template <bool moving, bool with_value, class T>
-void add_outputs(const T* change, const Scene<T>& scene, Index tangent, const Rows<T>& v, const Rows<T>& dv,
-                 Index first_key, Index keys, Index value_width) {
-    T* outputs = scene.outputs_of(tangent, value_width);
-    in_steps(value_width, [&](Index j, auto constant) {
-        constexpr int down = decltype(constant)::value;
-        Accumulators<T, down> output;
-        if constexpr (with_value) output.add_product(scene.probability, dv.row(first_key) + j, 1, dv.stride, keys);
-        if constexpr (moving) output.add_product(change, v.row(first_key) + j, 1, v.stride, keys);
-#pragma GCC unroll 16
-        for (int m = 0; m < down; ++m) {
-#pragma GCC unroll 4
-            for (int h = 0; h < kAcross; ++h) {
-                T* place = outputs + (j + m) * kTileRows<T> + h * kLanes<T>;
-                store(place, load(place) + output.at[m][h]);
-            }
-        }
-    });
-}
-
 // What one task works on: some rows and some tangents of one head.
 template <class T>
 struct Part {
@@ -173,11 +98,8 @@ void pack_primal(const Scene<T>& scene, const Part<T>& part) {
     const Rows<T> q = part.primal(p.q);
     const T* lse = static_cast<const T*>(p.lse) + part.batch * p.lse_batch_stride + part.head * p.lse_head_stride;
     pack_panel(scene.query, q.row(scene.first_row), q.stride, scene.rows, p.width, static_cast<T>(p.scale));
-    for (Index r = 0; r < kTileRows<T>; ++r) {
-        const T value = r < scene.rows ? lse[(scene.first_row + r) * p.lse_row_stride] : T(0);
-        // A row without any admissible key: its scores are all -inf and so its probabilities zero.
-        scene.lse[r] = value == -__builtin_inf() ? T(0) : value;
-    }
+    for (Index r = 0; r < kTileRows<T>; ++r)
+        scene.lse[r] = r < scene.rows ? shift_of(lse[(scene.first_row + r) * p.lse_row_stride]) : T(0);
 }
 
 template <bool with_query, class T>
@@ -216,21 +138,23 @@ void write_result(const Scene<T>& scene, const Part<T>& part, Index tangent) {
 template <bool with_query, bool with_key, bool with_value, class T>
 void do_task(const void* job, Index task, int slot) noexcept {
     constexpr bool moving = with_query || with_key;
-    const Work<T>& work = *static_cast<const Work<T>*>(job);
+    const Work& work = *static_cast<const Work*>(job);
     const Arguments& a = work.arguments;
     const AttentionPrimal& p = a.primal;
-    const Index heads = p.batch * p.heads, rest = work.heads_first ? task / heads : task % (work.groups * work.splits);
-    const Index which = work.heads_first ? task % heads : task / (work.groups * work.splits);
+    const Shares& shares = work.shares;
+    const Index per_head = shares.groups * shares.splits;
+    const Index which = work.heads_first ? task % shares.heads : task / per_head;
+    const Index rest = work.heads_first ? task / shares.heads : task % per_head;
     const Index batch = which / p.heads, head = which % p.heads;
-    const Index split = rest % work.splits, group = rest / work.splits;
-    const Index first = split * a.count / work.splits, tangents = (split + 1) * a.count / work.splits - first;
+    const Index split = rest % shares.splits, group = rest / shares.splits;
+    const Index first = split * a.count / shares.splits, tangents = (split + 1) * a.count / shares.splits - first;
     const Part<T> part{a, batch, head, first};
 
     T* const change = static_cast<T*>(work.scratch.slot(slot));
     Scene<T> scenes[kTiles];
     Index tiles = 0;
-    for (Index row = group * work.tiles * kTileRows<T>; tiles < work.tiles && row < p.rows; row += kTileRows<T>) {
-        T* memory = change + (kKeyBlock + tiles * panels_per_tile(p, tangents)) * kTileRows<T>;
+    for (Index row = group * shares.tiles * kTileRows<T>; tiles < shares.tiles && row < p.rows; row += kTileRows<T>) {
+        T* memory = change + (kBlock + tiles * panels_per_tile(p, tangents)) * kTileRows<T>;
         scenes[tiles] = carve<T>(memory, p, tangents);
         scenes[tiles].first_row = row;
         scenes[tiles].rows = p.rows - row < kTileRows<T> ? p.rows - row : kTileRows<T>;
@@ -241,24 +165,28 @@ void do_task(const void* job, Index task, int slot) noexcept {
     // Runs once where there are no keys at all: the result is zero then.
     Index key = 0;
     do {
-        const Index keys = p.keys - key < kKeyBlock ? p.keys - key : kKeyBlock;
+        const Index keys = p.keys - key < kBlock ? p.keys - key : kBlock;
         for (Index i = 0; i < tiles; ++i) {
+            const Scene<T>& scene = scenes[i];
             if (p.mask != nullptr) {
-                fill_mask(scenes[i], p, batch, head, key, keys);
-                fill_probability<true>(scenes[i], k, key, keys, p.width);
+                const T* mask = static_cast<const T*>(p.mask) + batch * p.mask_batch_stride + head * p.mask_head_stride;
+                fill_mask(scene.probability, mask + scene.first_row * p.mask_row_stride + key * p.mask_key_stride,
+                          p.mask_row_stride, scene.rows, p.mask_key_stride, keys);
+                fill_probability<true, true>(scene.probability, scene.query, scene.lse, k, key, keys, p.width);
             } else {
-                fill_probability<false>(scenes[i], k, key, keys, p.width);
+                fill_probability<false, true>(scene.probability, scene.query, scene.lse, k, key, keys, p.width);
             }
         }
         const bool last = key + keys == p.keys;
         for (Index t = 0; t < tangents; ++t) {
             const Rows<T> dk = part.tangent(a.dk, t), dv = part.tangent(a.dv, t);
             for (Index i = 0; i < tiles; ++i) {
-                if (key == 0) pack_tangent<with_query>(scenes[i], part, t);
-                if constexpr (moving)
-                    fill_change<with_query, with_key>(change, scenes[i], t, k, dk, key, keys, p.width);
-                add_outputs<moving, with_value>(change, scenes[i], t, v, dv, key, keys, p.value_width);
-                if (last) write_result<moving>(scenes[i], part, t);
+                const Scene<T>& scene = scenes[i];
+                if (key == 0) pack_tangent<with_query>(scene, part, t);
+                if constexpr (moving) fill_change<with_query, with_key>(change, scene, t, k, dk, key, keys, p.width);
+                add_products<with_value, moving>(scene.outputs_of(t, p.value_width), scene.probability, dv, change, v,
+                                                 key, keys, p.value_width);
+                if (last) write_result<moving>(scene, part, t);
             }
         }
         key += keys;
@@ -281,27 +209,17 @@ TaskFunction choose_task(const Arguments& a) {
 template <class T>
 void run(const Arguments& a) {
     const AttentionPrimal& p = a.primal;
-    constexpr Index panel = kTileRows<T> * static_cast<Index>(sizeof(T));
     const auto bytes = [&](Index tiles, Index tangents) {
-        return (kKeyBlock + tiles * panels_per_tile(p, tangents)) * panel;
+        return (kBlock + tiles * panels_per_tile(p, tangents)) * kTileRows<T> * static_cast<Index>(sizeof(T));
     };
-    Index splits = 1, tiles = 1;
-    while (splits < a.count && bytes(1, (a.count + splits - 1) / splits) > kScratchBytes) ++splits;
-    while (tiles < kTiles && bytes(tiles + 1, (a.count + splits - 1) / splits) <= kScratchBytes) ++tiles;
     const int threads = a.threads > 1 ? a.threads : 1;
-    const Index all = (p.rows + kTileRows<T> - 1) / kTileRows<T>;
-    const auto groups = [&] { return (all + tiles - 1) / tiles; };
-    const auto tasks = [&] { return p.batch * p.heads * groups() * splits; };
-    if (threads > 1) {
-        while (tiles > 1 && tasks() < kTasksPerThread * threads) --tiles;
-        while (splits < a.count && tasks() < kTasksPerThread * threads) ++splits;
-    }
-    tiles = (all + groups() - 1) / groups();
-    const Scratch scratch(threads, bytes(tiles, (a.count + splits - 1) / splits));
+    const Index tiles = (p.rows + kTileRows<T> - 1) / kTileRows<T>;
+    const Shares shares = share_out(p.batch * p.heads, tiles, a.count, threads, bytes);
+    const Scratch scratch(threads, bytes(shares.tiles, shares.tangents));
     // With few keys most of the time goes into reading and writing rows; those of all heads may share cache lines and
     // pages. With many keys those of one head are better kept in the cache.
-    const Work<T> work{a, scratch, tiles, groups(), splits, p.rows > p.keys};
-    parallel_for(tasks(), threads, choose_task<T>(a), &work);
+    const Work work{a, scratch, shares, p.rows > p.keys};
+    parallel_for(shares.tasks(), threads, choose_task<T>(a), &work);
 }
 
 }  // namespace

@@ -115,8 +115,7 @@ def attention_tangent(
     mask: Tensor | None,
     scale: float,
 ) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result [K, B, H, L, Ev] lies in memory as [K, B,
-    L, H, Ev]."""
+    """As its namesake in sharpcore.backends.reference; [K, B, L, H, Ev] of the result is contiguous."""
     tangents = (dq, dk, dv)
     given = [t for t in tangents if t is not None]
     native = extension()
@@ -145,10 +144,53 @@ def attention_tangent(
     return result
 
 
+def attention_adjoint(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    cotangent: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    needed: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As its namesake in sharpcore.backends.reference; the results lie in memory as attention_tangent's."""
+    native = extension()
+    if native is None or not _computable([q, k, v, out, lse, cotangent, *([] if mask is None else [mask])]):
+        kernel = reference.KERNELS["attention_adjoint"]
+        return kernel(q, k, v, out, lse, cotangent, mask=mask, scale=scale, needed=needed)
+    _check_attention(q, k, v, out, lse)
+    count = cotangent.shape[0] if cotangent.ndim else 0
+    if cotangent.shape != (count, *out.shape):
+        raise InvalidInput(
+            f"cotangent: expected shape [K, *out.shape], out.shape = {list(out.shape)}, "
+            f"got {list(cotangent.shape)}"
+        )
+    grads = [
+        _empty_heads(q, (count, *primal.shape)) if wanted else None
+        for primal, wanted in zip((q, k, v), needed, strict=True)
+    ]
+    if 0 in (*cotangent.shape, k.shape[-2], q.shape[-1]):
+        grads = [None if grad is None else grad.zero_() for grad in grads]
+    elif any(needed):
+        kept = _AttentionPrimal(q, k, v, out, lse, mask, scale)
+        operands = [None if t is None else _as_heads(t, 1) for t in (cotangent, *grads)]
+        native.attention_adjoint(
+            **kept.arguments,
+            **dict(zip(("cotangent", "grad_q", "grad_k", "grad_v"), map(_operand, operands), strict=True)),
+            count=count,
+            threads=torch.get_num_threads(),
+        )
+    return grads[0], grads[1], grads[2]
+
+
 KERNELS: Mapping[str, Callable[..., Any]] = {
     kernel.__name__: kernel
     for kernel in (
         attention_tangent,
+        attention_adjoint,
         group_norm_silu_tangent,
         group_norm_silu_adjoint,
         layer_norm_tangent,
@@ -160,8 +202,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
 
 
 class _AttentionPrimal:
-    """The primal operands as [B, H, rows, width], whose memory they keep alive, and as arguments of the
-    kernels."""
+    """The primal operands as [B, H, rows, width], kept alive, and as arguments of the kernels."""
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scale: float

@@ -236,4 +236,123 @@ struct Rows {
     const T* row(Index index) const { return data + index * stride; }
 };
 
+// Up to kTileRows rows of a mask in the lanes, `count` entries of each: tile[i][lane], zero beyond `lanes`.
+template <class T>
+void fill_mask(T* tile, const T* mask, Index lane_stride, Index lanes, Index stride, Index count) {
+    for (Index i = 0; i < count; ++i)
+        for (Index lane = 0; lane < kTileRows<T>; ++lane)
+            tile[i * kTileRows<T> + lane] = lane < lanes ? mask[lane * lane_stride + i * stride] : T(0);
+}
+
+// What is subtracted from the scores of a row: its log-sum-exp. That of a row without any admissible key is -inf, as
+// are its scores, and its probabilities are zero.
+template <class T>
+inline T shift_of(T lse) {
+    return lse == -static_cast<T>(__builtin_inf()) ? T(0) : lse;
+}
+
+// tile[i] = exp(panel^T rows[first + i] - shift), the shift belonging to the lanes or to the rows; with `masked` the
+// tile holds the mask before.
+template <bool masked, bool shift_of_lanes, class T>
+void fill_probability(T* tile, const T* panel, const T* shift, const Rows<T>& rows, Index first, Index count,
+                      Index width) {
+    in_steps(count, [&](Index i, auto constant) {
+        constexpr int down = decltype(constant)::value;
+        constexpr int together = down < 4 ? down : 4;
+        Accumulators<T, down> score;
+        score.add_product(panel, rows.row(first + i), rows.stride, 1, width);
+#pragma GCC unroll 4
+        for (int h = 0; h < kAcross; ++h) {
+#pragma GCC unroll 16
+            for (int m = 0; m < down; m += together) {
+                T* place = tile + (i + m) * kTileRows<T> + h * kLanes<T>;
+                Vec<T> x[together];
+#pragma GCC unroll 16
+                for (int n = 0; n < together; ++n) {
+                    x[n] = score.at[m + n][h];
+                    if constexpr (masked) x[n] += load(place + n * kTileRows<T>);
+                    if constexpr (shift_of_lanes)
+                        x[n] -= load(shift + h * kLanes<T>);
+                    else
+                        x[n] -= shift[i + m + n];
+                }
+                exp_or_zero<T>(x);
+#pragma GCC unroll 16
+                for (int n = 0; n < together; ++n) store(place + n * kTileRows<T>, x[n]);
+            }
+        }
+    });
+}
+
+// panel[j] += sum over i < count of tile[i] rows[first + i][j], for one tile and its rows or for two.
+template <bool one, bool two, class T>
+void add_products(T* panel, const T* tile, const Rows<T>& rows, const T* second_tile, const Rows<T>& second_rows,
+                  Index first, Index count, Index width) {
+    in_steps(width, [&](Index j, auto constant) {
+        constexpr int down = decltype(constant)::value;
+        Accumulators<T, down> sum;
+        if constexpr (one) sum.add_product(tile, rows.row(first) + j, 1, rows.stride, count);
+        if constexpr (two) sum.add_product(second_tile, second_rows.row(first) + j, 1, second_rows.stride, count);
+#pragma GCC unroll 16
+        for (int m = 0; m < down; ++m) {
+#pragma GCC unroll 4
+            for (int h = 0; h < kAcross; ++h) {
+                T* place = panel + (j + m) * kTileRows<T> + h * kLanes<T>;
+                store(place, load(place) + sum.at[m][h]);
+            }
+        }
+    });
+}
+
+// panel[j] += sum over i < count of tile[i] rows[first + i][j]
+template <class T>
+void add_product(T* panel, const T* tile, const Rows<T>& rows, Index first, Index count, Index width) {
+    add_products<true, false>(panel, tile, rows, tile, rows, first, count, width);
+}
+
+// Most tiles of a task that are worked on together: they share what a block of the other operand costs to bring into
+// the cache.
+constexpr Index kTiles = 8;
+
+// Rows of the other operand in a block, a multiple of every kTileRows: a tile of so many rows fits into the first-level
+// cache beside the panels of small heads.
+constexpr Index kBlock = 64;
+
+// Scratch memory of a thread is at most about this, or what one tile and one tangent need: so it depends on the head
+// size and not on how many rows or keys there are.
+constexpr Index kScratchBytes = 512 * 1024;
+
+// Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
+constexpr Index kTasksPerThread = 4;
+
+// How the work is shared out: a task has some tiles of one head, a group, and some of the tangents, a split.
+struct Shares {
+    Index heads, groups, splits;
+    Index tiles;       // of a group
+    Index tangents;    // of a split, at most
+    bool whole_heads;  // a task has all groups of its head
+
+    Index tasks() const { return heads * (whole_heads ? 1 : groups) * splits; }
+};
+
+// `bytes(tiles, tangents)` is the scratch memory of a task. How tangents are split changes no result: each is computed
+// by itself.
+template <class Bytes>
+Shares share_out(Index heads, Index tiles, Index count, int threads, Bytes bytes, bool whole_heads = false,
+                 Index least_splits = 1) {
+    Shares shares{heads, 1, least_splits, 1, 1, whole_heads};
+    const auto update = [&] {
+        shares.groups = (tiles + shares.tiles - 1) / shares.tiles;
+        shares.tangents = (count + shares.splits - 1) / shares.splits;
+    };
+    const auto too_few = [&] { return threads > 1 && shares.tasks() < kTasksPerThread * threads; };
+    for (update(); shares.splits < count && bytes(1, shares.tangents) > kScratchBytes; update()) ++shares.splits;
+    while (shares.tiles < kTiles && shares.tiles < tiles && bytes(shares.tiles + 1, shares.tangents) <= kScratchBytes)
+        ++shares.tiles;
+    for (update(); too_few() && !whole_heads && shares.tiles > 1; update()) --shares.tiles;
+    for (; too_few() && shares.splits < count; update()) ++shares.splits;
+    shares.tiles = (tiles + shares.groups - 1) / shares.groups;
+    return shares;
+}
+
 }  // namespace sharpcore::SHARPCORE_ISA
