@@ -39,8 +39,8 @@ MOST_SEEDS = 100_000
 _SAMPLES = {"cpu": 4, "cuda": 32}
 # Prompts that share the recomputed unconditional branch when memory does not hold all seeds at once.
 _PROMPTS_PER_BLOCK = 16
-# Bytes that a pass needs beside the residuals (activations, tangents), as a multiple of them; measured on SD
-# 1.4 and the tiny model.
+# Bytes allowed for what a pass needs beside the residuals (activations, tangents), as a multiple of them: an
+# assumption, not a measurement. An allocation that fails all the same halves the batch.
 _WORKSPACE = 1.5
 
 

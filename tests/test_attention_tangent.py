@@ -145,7 +145,7 @@ def test_reference_is_the_derivative_of_attention(active: tuple[bool, bool, bool
             for i in range(case.count)
         ]
     )
-    assert relative_error(case.tangent("reference"), expected) < 1e-13  # measured 4e-16
+    assert relative_error(case.tangent("reference"), expected) < 1e-13  # measured 8e-16
 
 
 @needs_extension
@@ -264,7 +264,8 @@ def check(case: Case, floor: float = 0.0) -> None:
     truth, ours, plain = exact.tangent("reference"), case.tangent("cpu"), case.tangent("reference")
     assert ours.shape == truth.shape
     assert ours.dtype == case.dtype
-    # Measured: float64 at most 4e-15; float32 at most 1.3 times the reference's own error.
+    # Measured: float64 within 3e-15. In float32, inputs of a single row or key can exceed twice the
+    # reference's error, which is then close to zero: hence the floor.
     judge(ours, plain, truth, floor)
     cotangent = case.cotangent()
     for name, *grads in zip(
