@@ -33,8 +33,8 @@ def test_missing_package_and_model(monkeypatch, tmp_path):
 
 
 def test_without_compiled_kernels(monkeypatch):
-    monkeypatch.setattr(backends.cpu, "_extension", None)
-    monkeypatch.setattr(backends.cpu, "_import_error", "no such module")
+    monkeypatch.setattr(backends.cpu.native, "_extension", None)
+    monkeypatch.setattr(backends.cpu.native, "_import_error", "no such module")
     report = doctor.examine(default_model())
     assert report["cpu"]["isa"].startswith("none: ")
     assert all(test["passed"] for test in report["self_test"])

@@ -66,6 +66,59 @@ inline void store_partial(T* to, Vec<T> vector, std::int64_t count) {
     for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
 }
 
+// The upper half of a float's bits: a number as it lies in memory. It is computed with as float: loads widen it, stores
+// round it to the nearest, ties to even.
+struct bfloat16 {
+    std::uint16_t bits;
+};
+
+template <class Storage>
+struct ComputeOf {
+    using Type = Storage;
+};
+
+template <>
+struct ComputeOf<bfloat16> {
+    using Type = float;
+};
+
+// What numbers that are stored as `Storage` are computed in.
+template <class Storage>
+using Compute = typename ComputeOf<Storage>::Type;
+
+typedef std::uint16_t HalfBits __attribute__((vector_size(kVectorBytes / 2)));
+
+inline Vec<float> load(const bfloat16* from) {
+    HalfBits half;
+    std::memcpy(&half, from, sizeof(half));
+    const auto bits = __builtin_convertvector(half, VectorOf<float>::Bits) << 16;
+    Vec<float> vector;
+    std::memcpy(&vector, &bits, sizeof(vector));
+    return vector;
+}
+
+inline void store(bfloat16* to, Vec<float> vector) {
+    using Bits = VectorOf<float>::Bits;
+    Bits bits;
+    std::memcpy(&bits, &vector, sizeof(bits));
+    const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const Bits nan = (bits >> 16) | 0x40u;  // rounding could carry a NaN over to zero
+    const HalfBits half = __builtin_convertvector(vector == vector ? rounded : nan, HalfBits);
+    std::memcpy(to, &half, sizeof(half));
+}
+
+inline Vec<float> load_partial(const bfloat16* from, std::int64_t count) {
+    bfloat16 lanes[kLanes<float>] = {};
+    for (std::int64_t i = 0; i < count; ++i) lanes[i] = from[i];
+    return load(lanes);
+}
+
+inline void store_partial(bfloat16* to, Vec<float> vector, std::int64_t count) {
+    bfloat16 lanes[kLanes<float>];
+    store(lanes, vector);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = lanes[i];
+}
+
 template <class T>
 inline Vec<T> broadcast(T value) {
     return value - Vec<T>{};

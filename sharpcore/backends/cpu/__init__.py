@@ -1,0 +1,29 @@
+"""The cpu backend: C++ kernels, one file per stem that checks tensors and hands their addresses over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sharpcore.backends.cpu.attention_tangent import attention_adjoint, attention_tangent
+from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_tangent
+from sharpcore.backends.cpu.group_norm_silu_tangent import group_norm_silu_adjoint, group_norm_silu_tangent
+from sharpcore.backends.cpu.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
+from sharpcore.backends.cpu.layout import DTYPES
+from sharpcore.backends.cpu.native import extension, why_missing
+
+__all__ = ["DTYPES", "KERNELS", "extension", "why_missing"]
+
+KERNELS: Mapping[str, Callable[..., Any]] = {
+    kernel.__name__: kernel
+    for kernel in (
+        attention_tangent,
+        attention_adjoint,
+        group_norm_silu_tangent,
+        group_norm_silu_adjoint,
+        layer_norm_tangent,
+        layer_norm_adjoint,
+        geglu_tangent,
+        geglu_adjoint,
+    )
+}
