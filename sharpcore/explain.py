@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharpcore.rules import storage_of
+
 if TYPE_CHECKING:
     from sharpcore.program import Program
     from sharpcore.rules import LinearMap
@@ -44,10 +46,10 @@ def explain(
             kind = type(instruction).__name__
             flops = instruction.flops(k)
             for _, tensor in instruction.residuals():
-                storage = tensor.untyped_storage()
-                if storage._cdata not in seen:
-                    seen.add(storage._cdata)
-                    kept += storage.nbytes()
+                key, size = storage_of(tensor)
+                if key not in seen:
+                    seen.add(key)
+                    kept += size
         total_bytes += kept
         total_flops += flops
         shape = "x".join(map(str, node.shapes[0]))

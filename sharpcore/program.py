@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.lowering import Lowering
+from sharpcore.plan import ADD, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule
 from sharpcore.rules.fallback import fallback
+from sharpcore.rules.pointwise import Sum
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Node:
     module: str
     shapes: tuple[tuple[int, ...], ...] = ()
     linear: bool = False  # whether a product runs its derivative, so that a replay builds its map
+    fixed: bool = False  # whether that map is the same at every point
 
     def refs(self) -> list[int]:
         """The values that the operation reads."""
@@ -111,17 +116,24 @@ class Program:
         return explain(self, maps)
 
     def replay(
-        self, inputs: Sequence[Tensor], maps: list[LinearMap | None], rules: dict[Any, Rule], kernels: Any
+        self,
+        inputs: Sequence[Tensor],
+        maps: list[LinearMap | None],
+        rules: dict[Any, Rule],
+        kernels: Any,
+        lowering: Lowering,
     ) -> Tensor | None:
-        """Run the primal operations at new inputs, replacing each linear map in `maps`; returns the value
-        (None: a constant)."""
+        """Run the primal operations at new inputs, replacing each linear map in `maps` that depends on the
+        point; returns the value (None: a constant)."""
         values = dict(zip((self.x, *self.bound), inputs, strict=True))
         for index, node in enumerate(self.nodes):
             args = node.fill(values)
-            maps[index] = None  # the old residuals go before the new ones come
+            if not node.fixed:
+                maps[index] = None  # the old residuals go before the new ones come
             out = node.run(kernels, args)
-            if node.linear:
-                maps[index] = build_map(node, Call(node.op, args, node.kwargs, out, node.active), rules)
+            if node.linear and not node.fixed:
+                call = Call(node.op, args, node.kwargs, out, node.active)
+                maps[index] = lowering.lower(build_map(node, call, rules))
             for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
                 if value is not None:
                     values[value] = tensor
@@ -129,11 +141,22 @@ class Program:
                 values.pop(value, None)
         return None if self.output is None else values[self.output]
 
-    def push(self, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor) -> Tensor:
-        """Jacobian times K tangents [K, *x.shape]."""
+    def push(
+        self, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor, log: Log | None = None
+    ) -> Tensor:
+        """Jacobian times K tangents [K, *x.shape]; what is done is noted in the log."""
         values = {self.x: tangent}
         for step in self.steps:
-            outs = maps[step.node].jvp(kernels, [values[value] for value in step.inputs])  # type: ignore[union-attr]
+            instruction = maps[step.node]
+            inputs = [values[value] for value in step.inputs]
+            outs = instruction.jvp(kernels, inputs)  # type: ignore[union-attr]
+            if log is not None:
+                log.note(
+                    step.node,
+                    list(zip(step.inputs, inputs, strict=True)),
+                    [None if v is None else (v, out) for v, out in zip(step.outputs, outs, strict=False)],
+                    elementwise=isinstance(instruction, Sum),
+                )
             for value, out in zip(step.outputs, outs, strict=False):
                 if value is not None:
                     values[value] = out
@@ -142,8 +165,11 @@ class Program:
         assert self.tangent_output is not None
         return values[self.tangent_output]
 
-    def pull(self, maps: Sequence[LinearMap | None], kernels: Any, cotangent: Tensor) -> Tensor | None:
-        """Transposed Jacobian times K cotangents [K, *value.shape]; None where nothing reaches x."""
+    def pull(
+        self, maps: Sequence[LinearMap | None], kernels: Any, cotangent: Tensor, log: Log | None = None
+    ) -> Tensor | None:
+        """Transposed Jacobian times K cotangents [K, *value.shape]; None where nothing reaches x. What is
+        done is noted in the log."""
         assert self.tangent_output is not None
         values: dict[int, Tensor] = {self.tangent_output: cotangent}
         for step in reversed(self.steps):
@@ -151,10 +177,61 @@ class Program:
             if all(c is None for c in cotangents):
                 continue
             pulled = maps[step.node].vjp(kernels, cotangents)  # type: ignore[union-attr]
-            for value, part in zip(step.inputs, pulled, strict=True):
-                if part is not None:
-                    values[value] = values[value] + part if value in values else part
+            # Names of the parts for the log: an instruction may give several to one value.
+            parts = [-1 - i for i in range(len(pulled))]
+            if log is not None:
+                given = [
+                    None if c is None or v is None else (v, c)
+                    for v, c in zip(step.outputs, cotangents, strict=False)
+                ]
+                made = [None if part is None else (i, part) for i, part in zip(parts, pulled, strict=True)]
+                log.note(step.node, given, made)
+            for value, name, part in zip(step.inputs, parts, pulled, strict=True):
+                if part is None:
+                    continue
+                if value not in values:
+                    values[value] = part
+                    if log is not None:
+                        log.places[value] = log.places[name]
+                    continue
+                total = values[value] + part
+                if log is not None:
+                    log.note(ADD, [(value, values[value]), (name, part)], [(value, total)], elementwise=True)
+                values[value] = total
         return values.get(self.x)
+
+    def run(
+        self,
+        plan: Plan,
+        maps: Sequence[LinearMap | None],
+        kernels: Any,
+        vectors: Tensor,
+        *,
+        transposed: bool,
+        seconds: dict[int, float] | None = None,
+    ) -> Tensor:
+        """The product that the plan was made from, for other vectors and at another point; the result lies in
+        the plan's workspace. Times of the nodes are added to `seconds`."""
+        plan.start.copy_(vectors)
+        for step in plan.instructions:
+            start = time.perf_counter() if seconds is not None else 0.0
+            if step.node == ADD:
+                torch.add(*step.inputs, out=step.outputs[0])  # type: ignore[call-overload]
+                continue
+            instruction = maps[step.node]
+            assert instruction is not None
+            if transposed and instruction.writes_vjp:
+                instruction.vjp(kernels, step.inputs, out=step.outputs)  # type: ignore[call-arg]
+            elif not transposed and instruction.writes_jvp:
+                instruction.jvp(kernels, step.inputs, out=step.outputs[0])  # type: ignore[call-arg,arg-type]
+            else:
+                product = instruction.vjp if transposed else instruction.jvp
+                for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
+                    if place is not None:
+                        place.copy_(result)  # type: ignore[arg-type]
+            if seconds is not None:
+                seconds[step.node] = seconds.get(step.node, 0.0) + time.perf_counter() - start
+        return plan.result
 
 
 def build_map(node: Node, call: Call, rules: dict[Any, Rule], where: str | None = None) -> LinearMap:
