@@ -45,8 +45,8 @@ class LinearMap:
     cotangents have a leading axis K in front of the shape of their primal tensor.
     """
 
-    # Whether jvp takes `out=`, a tensor for its only result, and vjp `out=`, a sequence of tensors for its results
-    # (None: not wanted). What a map that does not has made is copied to its place.
+    # Whether jvp takes `out=`, a tensor for its only result, and vjp `out=`, a sequence of tensors for its
+    # results (None: not wanted). What a map that does not has made is copied to its place.
     writes_jvp = False
     writes_vjp = False
 
