@@ -13,9 +13,22 @@ from torch import Tensor
 
 from sharpcore.lowering import Lowering
 from sharpcore.plan import ADD, Log, Plan
-from sharpcore.rules import Call, LinearMap, Rule
+from sharpcore.rules import Call, LinearMap, Rule, aten
 from sharpcore.rules.fallback import fallback
+from sharpcore.rules.linear import Convolution
 from sharpcore.rules.pointwise import Sum
+
+
+# Nothing is written in place in a program, so a view may as well be a copy: at a replay the memory layout may be
+# another one than it was for f.
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+# What these give depends on how their operand lies in memory, or fails where it lies otherwise.
+_READ_LAYOUT = {
+    aten.as_strided.default,
+    aten._reshape_alias.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+}
 
 
 @dataclass(frozen=True)
@@ -73,6 +86,8 @@ class Node:
         if self.op == "attention":
             q, k, v, mask, scale = args
             return kernels.attention_forward(q, k, v, mask=mask, scale=scale)
+        if self.op in _VIEWS:
+            return aten.reshape(*args)
         return self.op(*args, **self.kwargs)
 
     @property
@@ -126,11 +141,16 @@ class Program:
         """Run the primal operations at new inputs, replacing each linear map in `maps` that depends on the
         point; returns the value (None: a constant)."""
         values = dict(zip((self.x, *self.bound), inputs, strict=True))
+        free = not any(node.op in _READ_LAYOUT for node in self.nodes)
         for index, node in enumerate(self.nodes):
             args = node.fill(values)
             if not node.fixed:
                 maps[index] = None  # the old residuals go before the new ones come
-            out = node.run(kernels, args)
+            instruction = maps[index]
+            if free and isinstance(instruction, Convolution) and instruction.evaluates(args[0]):
+                out = instruction.evaluate(args)
+            else:
+                out = node.run(kernels, args)
             if node.linear and not node.fixed:
                 call = Call(node.op, args, node.kwargs, out, node.active)
                 maps[index] = lowering.lower(build_map(node, call, rules))

@@ -54,6 +54,18 @@ class Convolution(LinearMap):
             and torch.backends.mkldnn.is_available()
         )
 
+    def evaluates(self, x: Tensor) -> bool:
+        """Whether `evaluate` can run the convolution itself at x."""
+        return self.packed is not None and self.packed.dtype == x.dtype
+
+    def evaluate(self, args: Sequence[Any]) -> Tensor:
+        """The convolution itself, with the packed weight; the arguments are those of aten.convolution."""
+        stride, padding, dilation, _, _, groups = self.geometry
+        x = args[0].contiguous(memory_format=torch.channels_last)
+        return mkldnn._convolution_pointwise(
+            x, self.packed, args[2], padding, stride, dilation, groups, "none", [], ""
+        )
+
     def _packed_jvp(self, folded: Tensor, k: int, out: Tensor | None) -> Tensor:
         stride, padding, dilation, _, _, groups = self.geometry
         geometry = (padding, stride, dilation, groups)
