@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,32 @@ def is_fixed(instruction: LinearMap) -> bool:
     return isinstance(instruction, _FIXED)
 
 
+# Copies of weights, for as long as a map refers to one: all linearizations of a network share them. Such a
+# map refers to the weight as well, so that no other tensor can come to lie at its address.
+_COPIES: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
+
+
+def _shared_copy(weight: Tensor, kind: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
+    """The copy of a weight that there is of this kind, or a new one."""
+    if weight.is_inference():  # does not count its in-place changes
+        return make()
+    key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, str(kind))
+    copy = _COPIES.get(key)
+    if copy is None:
+        copy = _COPIES[key] = make()
+    return copy
+
+
+def check_precision(precision: str, dtype: torch.dtype) -> None:
+    """Raise InvalidInput for a precision that there is not, or not for a network of this dtype."""
+    if precision not in PRECISIONS:
+        raise InvalidInput(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
+    if precision == "bfloat16" and dtype != torch.float32:
+        raise InvalidInput(
+            f'precision: "bfloat16" rounds the products of a float32 network; this one computes in {dtype}'
+        )
+
+
 class Lowering:
     """How the maps of one linearization are lowered.
 
@@ -89,13 +116,7 @@ class Lowering:
     """
 
     def __init__(self, precision: str, x: Tensor) -> None:
-        if precision not in PRECISIONS:
-            raise InvalidInput(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
-        if precision == "bfloat16" and x.dtype != torch.float32:
-            raise InvalidInput(
-                f'precision: "bfloat16" rounds the products of a float32 network; x has dtype {x.dtype}'
-            )
-        self.precision = precision
+        check_precision(precision, x.dtype)
         self.rounds = precision == "bfloat16"
         self.packs = x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -104,11 +125,35 @@ class Lowering:
         """The dtype of tangents inside a product; None: that of the network."""
         return torch.bfloat16 if self.rounds else None
 
+    def rounded(self, nbytes: int) -> int:
+        """What float32 residuals take once they are lowered."""
+        return nbytes // 2 if self.rounds else nbytes
+
+    def unrounded(self, nbytes: int | None) -> int | None:
+        """What float32 residuals may take so that they fit into so many bytes once they are lowered."""
+        return 2 * nbytes if nbytes is not None and self.rounds else nbytes
+
+    def weight_bytes(self, maps: Sequence[LinearMap | None]) -> int:
+        """What the copies of weights take that `lower` makes of these maps, or has made."""
+        copied: dict[int, int] = {}
+        for instruction in maps:
+            if isinstance(instruction, Convolution):
+                if self.rounds or (self.packs and instruction.packable()):
+                    copied[id(instruction.weight)] = self.rounded(4 * instruction.weight.numel())
+            elif isinstance(instruction, Linear) and self.rounds:
+                copied[id(instruction.weight)] = 2 * instruction.weight.numel()
+        return sum(copied.values())
+
     def lower(self, instruction: LinearMap) -> LinearMap:
         """The map as products run it; the given one is changed and may be what is returned."""
         if isinstance(instruction, Convolution) and self.packs and instruction.packable():
-            weight = instruction.weight.detach()
-            instruction.pack(weight.to(torch.bfloat16) if self.rounds else weight)
+            dtype = torch.bfloat16 if self.rounds else torch.float32
+            weight = instruction.weight
+            instruction.packed = _shared_copy(
+                weight,
+                ("packed", dtype, instruction.geometry),
+                lambda: instruction.pack(weight.detach().to(dtype)),
+            )
             return instruction
         if isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4:
             # Tangents come out of packed convolutions with the channels last; the residual lies beside them.
@@ -117,6 +162,13 @@ class Lowering:
             return instruction
         if not isinstance(instruction, _ROUND):
             return Float32(instruction)
+        if isinstance(instruction, Linear):
+            weight = instruction.weight
+            instruction.source = weight
+            instruction.weight = _shared_copy(
+                weight, ("rounded",), lambda: weight.detach().to(torch.bfloat16)
+            )
+            return instruction
         self._round(instruction)
         return instruction
 

@@ -6,21 +6,24 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sharpcore.lowering import Lowering
 from sharpcore.plan import ADD, Log, Plan
-from sharpcore.rules import Call, LinearMap, Rule, aten
+from sharpcore.rules import Call, LinearMap, Rule, aten, load_rules
 from sharpcore.rules.fallback import fallback
 from sharpcore.rules.linear import Convolution
 from sharpcore.rules.pointwise import Sum
 
+if TYPE_CHECKING:
+    from sharpcore.lowering import Lowering
+    from sharpcore.residuals import Residuals, Segment
 
-# Nothing is written in place in a program, so a view may as well be a copy: at a replay the memory layout may be
-# another one than it was for f.
+
+# Nothing is written in place in a program, so a view may as well be a copy: at a replay tensors may lie in
+# memory in another way than they did for f.
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 # What these give depends on how their operand lies in memory, or fails where it lies otherwise.
 _READ_LAYOUT = {
@@ -53,6 +56,7 @@ class Node:
     outputs: tuple[int | None, ...]
     module: str
     shapes: tuple[tuple[int, ...], ...] = ()
+    nbytes: tuple[int, ...] = ()  # of the results
     linear: bool = False  # whether a product runs its derivative, so that a replay builds its map
     fixed: bool = False  # whether that map is the same at every point
 
@@ -132,34 +136,47 @@ class Program:
 
     def replay(
         self,
-        inputs: Sequence[Tensor],
-        maps: list[LinearMap | None],
-        rules: dict[Any, Rule],
+        values: dict[int, Tensor],
+        residuals: Residuals,
         kernels: Any,
         lowering: Lowering,
-    ) -> Tensor | None:
-        """Run the primal operations at new inputs, replacing each linear map in `maps` that depends on the
-        point; returns the value (None: a constant)."""
-        values = dict(zip((self.x, *self.bound), inputs, strict=True))
+        segment: Segment | None = None,
+    ) -> dict[int, LinearMap]:
+        """Run the primal operations on the values that they read, adding theirs, and build the linear maps
+        that depend on the point.
+
+        Without a segment all operations run, and maps and checkpoints go to `residuals`; with one only its
+        operations, and its maps are returned.
+        """
+        rules = load_rules()
         free = not any(node.op in _READ_LAYOUT for node in self.nodes)
-        for index, node in enumerate(self.nodes):
+        made: dict[int, LinearMap] = {}
+        for index in range(len(self.nodes)) if segment is None else range(segment.start, segment.stop):
+            node = self.nodes[index]
             args = node.fill(values)
-            if not node.fixed:
-                maps[index] = None  # the old residuals go before the new ones come
-            instruction = maps[index]
-            if free and isinstance(instruction, Convolution) and instruction.evaluates(args[0]):
-                out = instruction.evaluate(args)
+            fixed = residuals[index] if node.fixed else None
+            wanted = (
+                node.linear and fixed is None and (segment is not None or not residuals.recomputes(index))
+            )
+            if wanted and segment is None:
+                residuals[index] = None  # the old ones go before the new ones come
+            if free and isinstance(fixed, Convolution) and fixed.evaluates(args[0]):
+                out = fixed.evaluate(args)
             else:
                 out = node.run(kernels, args)
-            if node.linear and not node.fixed:
+            if wanted:
                 call = Call(node.op, args, node.kwargs, out, node.active)
-                maps[index] = lowering.lower(build_map(node, call, rules))
+                made[index] = lowering.lower(build_map(node, call, rules))
+                if segment is None:
+                    residuals[index] = made.pop(index)
             for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
                 if value is not None:
                     values[value] = tensor
+                    if segment is None:
+                        residuals.offer(value, tensor)
             for value in self.dead[index]:
                 values.pop(value, None)
-        return None if self.output is None else values[self.output]
+        return made
 
     def push(
         self, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor, log: Log | None = None
@@ -236,7 +253,8 @@ class Program:
         for step in plan.instructions:
             start = time.perf_counter() if seconds is not None else 0.0
             if step.node == ADD:
-                torch.add(*step.inputs, out=step.outputs[0])  # type: ignore[call-overload]
+                first, second = step.inputs
+                torch.add(first, second, out=step.outputs[0])  # type: ignore[arg-type]
                 continue
             instruction = maps[step.node]
             assert instruction is not None

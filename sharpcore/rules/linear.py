@@ -36,11 +36,11 @@ class Convolution(LinearMap):
         made = made.unflatten(0, (tangent.shape[0], -1))
         return (made if out is None else out.copy_(made),)
 
-    def pack(self, weight: Tensor) -> None:
-        """Keep the weight, in the dtype of the products, in the layout that oneDNN wants for channels-last
-        tangents; without that every product would reorder it."""
+    def pack(self, weight: Tensor) -> Tensor:
+        """A weight in the layout that oneDNN wants for channels-last tangents of its dtype; without that
+        every product would reorder it."""
         stride, padding, dilation, _, _, groups = self.geometry
-        self.packed = mkldnn._reorder_convolution_weight(
+        return mkldnn._reorder_convolution_weight(
             weight, padding, stride, dilation, groups, list(self.x_shape)
         )
 
@@ -113,6 +113,7 @@ class Linear(LinearMap):
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.source = weight  # where products round it, the weight that it was rounded from
         self.rows = 0
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
