@@ -13,6 +13,7 @@ from sharpcore.backends import get_backend
 from sharpcore.branches import Branch, make_evidence, no_product, pair_product, predict, scale_model_input
 from sharpcore.detect import compute_metrics, make_metrics
 from sharpcore.errors import InvalidInput, UnsupportedModel
+from sharpcore.lowering import check_precision
 from sharpcore.score import UNITS
 from sharpcore.table import ScoreTable
 

@@ -75,8 +75,8 @@ class SharpnessScorer:
     backend
         Executor of the linear program; see `sharpcore.backends`.
     precision
-        Of the products with a float32 UNet: "float32" or "bfloat16"; see `sharpcore.linearize`. Predictions, and
-        with them the score difference, are the network's own either way.
+        Of the products with a float32 UNet: "float32" or "bfloat16"; see `sharpcore.linearize`. Predictions,
+        and with them the score difference, are the network's own either way.
     memory_budget
         Bytes that residuals and workspace may take; by default half of what is free on the device.
 
