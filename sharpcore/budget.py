@@ -13,17 +13,20 @@ from sharpcore.residuals import Segment
 _CUTS = (8, 16, 32, 64, 128)
 
 
-def choose_segments(program: Program, kept: Sequence[int], input_bytes: int, budget: float) -> list[Segment]:
+def choose_segments(
+    program: Program, kept: Sequence[int], input_bytes: int, weights: int, budget: float
+) -> list[Segment]:
     """The segments to recompute in every product so that what is kept, the checkpoints and the largest
     recomputed segment together take at most `budget` bytes; as little work as possible.
 
-    `kept` are the bytes that each node's map takes. Raises OutOfMemory where no choice fits.
+    `kept` are the bytes that each node's map takes, `weights` those of copied weights. Raises OutOfMemory
+    where no choice fits.
     """
-    if sum(kept) <= budget:
+    if sum(kept) + weights <= budget:
         return []
     sizes = _value_bytes(program, input_bytes)
     best: tuple[int, list[Segment]] | None = None
-    least = float(sum(kept))
+    least = float(weights + sum(kept))
     for cuts in _CUTS:
         segments = _cut(program, kept, cuts)
         weight = {segment: sum(kept[segment.start : segment.stop]) for segment in segments}
@@ -33,7 +36,7 @@ def choose_segments(program: Program, kept: Sequence[int], input_bytes: int, bud
             chosen.append(segment)
             checkpoints = sum(sizes[value] for value in {v for s in chosen for v in s.needs})
             redone = sum(weight[s] for s in chosen)
-            needed = sum(kept) - redone + checkpoints + max(weight[s] for s in chosen)
+            needed = weights + sum(kept) - redone + checkpoints + max(weight[s] for s in chosen)
             least = min(least, needed)
             if needed <= budget:
                 if best is None or redone < best[0]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharpcore.backends import get_backend
 from sharpcore.budget import choose_segments
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.explain import explain, time_instructions
+from sharpcore.explain import cost_of
 from sharpcore.lowering import Lowering
 from sharpcore.program import Program
 from sharpcore.residuals import Dropped, Residuals, Segment, kept_bytes
@@ -130,7 +130,7 @@ class Linearization:
             if sum(kept) + weights > budget and not self._lowering.rounds:
                 self._lowering.packs, weights = False, 0
             inputs = max(t.nbytes for t in (self.x, *self._bound))
-            segments = choose_segments(self.program, kept, inputs, budget - weights)
+            segments = choose_segments(self.program, kept, inputs, weights, budget)
         self._residuals = Residuals(maps, segments, self._recompute)
         missing = bool(segments)
         for index, instruction in enumerate(maps):
@@ -143,6 +143,35 @@ class Linearization:
                 self._residuals[index] = None if recomputed else self._lowering.lower(instruction)
         if missing:
             self._replay((self.x, *self._bound))
+        self._describe(segments)
+
+    def _describe(self, segments: Sequence[Segment]) -> None:
+        """Note for `explain` what each instruction keeps and costs, and what was chosen."""
+        program, seen = self.program, set[int]()
+        program.costs = [
+            cost_of(
+                instruction,
+                seen,
+                recomputed=self._residuals.recomputes(step.node) and not program.nodes[step.node].fixed,
+            )
+            for step in program.steps
+            if (instruction := self._residuals[step.node]) is not None
+        ]
+        self._residuals.release()
+        if self._lowering.rounds:
+            program.notes.append("products in bfloat16, summed in float32; residuals stored in bfloat16")
+        if self.memory_budget is not None:
+            chosen = (
+                f"{len(segments)} segments are run again in every product"
+                if segments
+                else "everything is kept"
+            )
+            checkpoints = sum(tensor.nbytes for tensor in self._residuals.checkpoints.values())
+            packed = "" if self._lowering.packs else "; convolution weights are not packed"
+            program.notes.append(
+                f"memory budget {self.memory_budget / 1e6:.1f} MB: {chosen}; "
+                f"checkpoints take {checkpoints / 1e6:.1f} MB{packed}"
+            )
 
     def _replay(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Run the recorded operations; returns the value, None for a constant."""
@@ -259,26 +288,25 @@ class Linearization:
             ]
             value = self._replay(inputs)
             if value is not None:
-                self.value = value.clone()
+                self.value = torch.empty_like(self.value).copy_(value)
         self.x, self._bound = inputs[0], tuple(inputs[1:])
         self._arrive()
         return self
 
     def explain(self, k: int | None = None) -> str:
-        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs.
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs, what was chosen
+        for the memory budget, and the time of each in the last product.
 
-        With a number k, each instruction is timed in a jvp with k tangents, and the times are added.
-        Raises InvalidInput when k is not a positive integer.
+        With a number k the times are those of a jvp with k tangents that is made for this. Raises
+        InvalidInput when k is not a positive integer.
         """
-        if k is None:
-            return self.program.explain(self._residuals)
-        if not _is_count(k) or k < 1:
-            raise InvalidInput(f"k: expected a positive integer; got {k!r}")
-        self._check_ready()
-        tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
-        with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
-            seconds = time_instructions(self.program, self._residuals, self.backend, tangents)
-        return explain(self.program, self._residuals, seconds, k)
+        if k is not None:
+            if not _is_count(k) or k < 1:
+                raise InvalidInput(f"k: expected a positive integer; got {k!r}")
+            tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
+            for _ in range(3):  # the first makes the plan, the second finds caches cold
+                self.jvp(tangents)
+        return self.program.explain(k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:
         if len(bound) != len(self._bound):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharpcore.explain import Cost, Timing, explain
 from sharpcore.plan import ADD, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule, aten, load_rules
 from sharpcore.rules.fallback import fallback
@@ -127,12 +128,14 @@ class Program:
     steps: list[TangentStep] = field(default_factory=list)
     tangent_output: int | None = None
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
+    costs: list[Cost] = field(default_factory=list)  # per step
+    notes: list[str] = field(default_factory=list)  # what was chosen for the memory budget and the precision
+    timing: Timing | None = None  # of the last product in planned memory
 
-    def explain(self, maps: Sequence[LinearMap | None] | None = None) -> str:
-        """A table of the instructions; with the maps of a linearization also what each keeps and costs."""
-        from sharpcore.explain import explain
-
-        return explain(self, maps)
+    def explain(self, k: int | None = None) -> str:
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs of k tangents, and
+        the times of the last product (if it had k)."""
+        return explain(self, k)
 
     def replay(
         self,
@@ -245,13 +248,13 @@ class Program:
         vectors: Tensor,
         *,
         transposed: bool,
-        seconds: dict[int, float] | None = None,
     ) -> Tensor:
         """The product that the plan was made from, for other vectors and at another point; the result lies in
-        the plan's workspace. Times of the nodes are added to `seconds`."""
+        the plan's workspace."""
+        seconds: dict[int, float] = {}
         plan.start.copy_(vectors)
+        start = time.perf_counter()
         for step in plan.instructions:
-            start = time.perf_counter() if seconds is not None else 0.0
             if step.node == ADD:
                 first, second = step.inputs
                 torch.add(first, second, out=step.outputs[0])  # type: ignore[arg-type]
@@ -267,8 +270,10 @@ class Program:
                 for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
                     if place is not None:
                         place.copy_(result)  # type: ignore[arg-type]
-            if seconds is not None:
-                seconds[step.node] = seconds.get(step.node, 0.0) + time.perf_counter() - start
+            now = time.perf_counter()
+            seconds[step.node] = now - start
+            start = now
+        self.timing = Timing(vectors.shape[0], transposed, seconds)
         return plan.result
 
 

@@ -387,8 +387,9 @@ class Tracer:
         # Fusion still looks at the maps of the nodes just before.
         for older in range(self._dropped, max(self._dropped, index - _RECENT)):
             map_ = self.maps[older]
-            if map_ is not None and not is_fixed(map_):
-                self.maps[older] = Dropped(map_, residual_storages(self.nodes[older], map_))
+            storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
+            if map_ is not None and storages:
+                self.maps[older] = Dropped(map_, storages)
             self._dropped = older + 1
 
     # -- in-place operations -----------------------------------------------------------------------
