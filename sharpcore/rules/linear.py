@@ -16,9 +16,14 @@ mkldnn = torch.ops.mkldnn
 
 
 class Convolution(LinearMap):
-    """y' = conv(x', w) with K folded into the batch."""
+    """y' = conv(x', w) with K folded into the batch.
 
-    writes_jvp = True
+    Where oneDNN has the convolution, `packed` holds the weight in the layout that it wants for channels-last
+    tangents (every product would reorder it otherwise), and, once a transposed product was asked for,
+    `packed_adjoint` that of the transpose, which for stride 1 is a convolution as well.
+    """
+
+    writes_jvp = writes_vjp = True
 
     def __init__(self, call: Call) -> None:
         x, self.weight = call.args[0], call.args[1]
@@ -26,23 +31,38 @@ class Convolution(LinearMap):
         # stride, padding, dilation, transposed, output_padding, groups
         self.geometry = tuple(call.args[3:9])
         self.packed: Tensor | None = None
+        self.packed_adjoint: Tensor | None = None
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
-        folded = tangent.flatten(0, 1)
         if self.packed is not None:
-            return (self._packed_jvp(folded, tangent.shape[0], out),)
-        made = aten.convolution(folded, self.weight, None, *self.geometry)
+            return (_packed_convolution(tangent, self.packed, self._forward_geometry(), out),)
+        made = aten.convolution(tangent.flatten(0, 1), self.weight, None, *self.geometry)
         made = made.unflatten(0, (tangent.shape[0], -1))
         return (made if out is None else out.copy_(made),)
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """A weight in the layout that oneDNN wants for channels-last tangents of its dtype; without that
-        every product would reorder it."""
-        stride, padding, dilation, _, _, groups = self.geometry
-        return mkldnn._reorder_convolution_weight(
-            weight, padding, stride, dilation, groups, list(self.x_shape)
-        )
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        if cotangent is None:
+            return (None,)
+        if self.packed is not None and (geometry := self._adjoint_geometry()) is not None:
+            if self.packed_adjoint is None:
+                weight = self.weight.detach().transpose(0, 1).flip(2, 3).to(self.packed.dtype)
+                self.packed_adjoint = _pack(weight, geometry, self.out_shape)
+            return (_packed_convolution(cotangent, self.packed_adjoint, geometry, out[0]),)
+        k = cotangent.shape[0]
+        folded = cotangent.flatten(0, 1)
+        # The backward operation reads only the shape of its input argument.
+        like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
+        weight = self.weight.to(folded.dtype)
+        grad = aten.convolution_backward(folded, like, weight, None, *self.geometry, [True, False, False])[0]
+        grad = grad.unflatten(0, (k, -1))
+        return (grad if out[0] is None else out[0].copy_(grad),)
 
     def packable(self) -> bool:
         """Whether oneDNN has this convolution for float32 and bfloat16 CPU tensors."""
@@ -54,44 +74,33 @@ class Convolution(LinearMap):
             and torch.backends.mkldnn.is_available()
         )
 
+    def pack(self, weight: Tensor) -> Tensor:
+        """A weight of this convolution, in the dtype of the products, as `packed` holds it."""
+        return _pack(weight, self._forward_geometry(), self.x_shape)
+
     def evaluates(self, x: Tensor) -> bool:
         """Whether `evaluate` can run the convolution itself at x."""
         return self.packed is not None and self.packed.dtype == x.dtype
 
     def evaluate(self, args: Sequence[Any]) -> Tensor:
         """The convolution itself, with the packed weight; the arguments are those of aten.convolution."""
-        stride, padding, dilation, _, _, groups = self.geometry
         x = args[0].contiguous(memory_format=torch.channels_last)
         return mkldnn._convolution_pointwise(
-            x, self.packed, args[2], padding, stride, dilation, groups, "none", [], ""
+            x, self.packed, args[2], *self._forward_geometry(), "none", [], ""
         )
 
-    def _packed_jvp(self, folded: Tensor, k: int, out: Tensor | None) -> Tensor:
+    def _forward_geometry(self) -> _Geometry:
         stride, padding, dilation, _, _, groups = self.geometry
-        geometry = (padding, stride, dilation, groups)
-        folded = folded.contiguous(memory_format=torch.channels_last)
-        if out is None:
-            made = mkldnn._convolution_pointwise(folded, self.packed, None, *geometry, "none", [], "")
-            return made.unflatten(0, (k, -1))
-        # oneDNN writes into memory that is given where it may add to what is there.
-        target = out.flatten(0, 1).zero_()
-        mkldnn._convolution_pointwise_.binary(
-            target, folded, self.packed, None, *geometry, "add", None, None, [], None
-        )
-        return out
+        return padding, stride, dilation, groups
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        if cotangent is None:
-            return (None,)
-        k = cotangent.shape[0]
-        folded = cotangent.flatten(0, 1)
-        # The backward operation reads only the shape of its input argument.
-        like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
-        grad = aten.convolution_backward(
-            folded, like, self.weight.to(folded.dtype), None, *self.geometry, [True, False, False]
-        )[0]
-        return (grad.unflatten(0, (k, -1)),)
+    def _adjoint_geometry(self) -> _Geometry | None:
+        """The convolution that the transpose is; None where it is none."""
+        stride, padding, dilation, _, _, groups = self.geometry
+        kernel = self.weight.shape[2:]
+        outer = [n - 1 - p for n, p in zip(kernel, padding, strict=True)]
+        if groups != 1 or set(stride) != {1} or set(dilation) != {1} or min(outer) < 0:
+            return None
+        return outer, stride, dilation, 1
 
     def flops(self, k: int) -> int:
         transposed = self.geometry[3]
@@ -104,6 +113,27 @@ def convolution(call: Call) -> LinearMap | None:
     # An unbatched convolution reaches ATen with a batch axis already added, and an active weight or bias is
     # no score network's.
     return Convolution(call) if call.active == (0,) and not call.args[1].is_complex() else None
+
+
+_Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
+
+
+def _pack(weight: Tensor, geometry: _Geometry, shape: torch.Size) -> Tensor:
+    return mkldnn._reorder_convolution_weight(weight, *geometry, list(shape))
+
+
+def _packed_convolution(vectors: Tensor, packed: Tensor, geometry: _Geometry, out: Tensor | None) -> Tensor:
+    """The convolution of [K, B, C, H, W], with channels last."""
+    folded = vectors.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    if out is None:
+        made = mkldnn._convolution_pointwise(folded, packed, None, *geometry, "none", [], "")
+        return made.unflatten(0, (vectors.shape[0], -1))
+    # oneDNN writes into memory that is given where it may add to what is there.
+    target = out.flatten(0, 1).zero_()
+    mkldnn._convolution_pointwise_.binary(
+        target, folded, packed, None, *geometry, "add", None, None, [], None
+    )
+    return out
 
 
 class Linear(LinearMap):

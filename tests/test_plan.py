@@ -1,0 +1,144 @@
+"""Products in planned memory: the numbers of the first one, no allocations, nothing stale, thread-safe."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+from oracles import oracle_jvp, oracle_vjp
+from small_unet import prediction, vectors
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from sharpcore import linearize
+from sharpcore.backends import cpu
+from sharpcore.testing.tolerance import relative_error
+
+needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_repeated_products_give_the_first_ones_numbers(dtype: torch.dtype) -> None:
+    f, x = prediction(dtype)
+    linearization = linearize(f, x)
+    first: dict[tuple[int, bool], Tensor] = {}
+    for k in (1, 3, 1, 5, 3, 1, 5):
+        for transposed in (False, True):
+            product = linearization.vjp if transposed else linearization.jvp
+            result = product(vectors(k, x))
+            assert torch.equal(first.setdefault((k, transposed), result), result)
+    # What was returned is the caller's own memory.
+    kept = first[1, False].clone()
+    linearization.jvp(7 * vectors(1, x))
+    assert torch.equal(first[1, False], kept)
+    f64, x64 = prediction(torch.float64)
+    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
+    given = vectors(5, x64)
+    assert relative_error(first[5, False], oracle_jvp(f64, x64, given)) < tolerance
+    assert relative_error(first[5, True], oracle_vjp(f64, x64, given)) < tolerance
+
+
+def test_vectors_may_lie_in_memory_in_any_way() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    given = vectors(3, x)
+    expected = linearization.jvp(given)
+    for other in (
+        given.transpose(0, 3).contiguous().transpose(0, 3),
+        torch.stack([given, given], 1)[:, 0],
+        given.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, (3, 2)),
+    ):
+        assert torch.equal(linearization.jvp(other), expected)
+        assert torch.equal(linearize(f, x).jvp(other), expected)
+
+
+def test_nothing_is_read_that_the_product_did_not_write() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    for product in (linearization.jvp, linearization.vjp):
+        expected = product(vectors(2, x))
+        memory = linearization._workspace._memory
+        assert memory is not None
+        memory.fill_(255)  # NaN in every floating dtype
+        assert torch.equal(product(vectors(2, x)), expected)
+
+
+@needs_extension
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("k", [1, 3])
+def test_a_repeated_product_allocates_its_result_alone(k: int, precision: str) -> None:
+    f, x = prediction()
+    linearization = linearize(f, x, precision=precision)
+    given = vectors(k, x)
+    linearization.jvp(given)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        linearization.jvp(given)
+    allocated = sum(
+        event.self_cpu_memory_usage for event in profiled.events() if event.self_cpu_memory_usage > 0
+    )
+    # The result, the vectors in the dtype of the products, whether all are finite: no tangent in between.
+    assert allocated <= 3 * given.nbytes
+
+
+def test_the_workspace_holds_what_is_alive_together() -> None:
+    layers = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)))
+    x = vectors(1, torch.zeros(1, 8, 16, 16))[0]
+    linearization = linearize(layers, x)
+    linearization.jvp(vectors(4, x))
+    # Two tangents at a time, of the 21 that there are.
+    assert linearization._workspace.nbytes <= 2 * 4 * x.nbytes + 256
+
+
+def test_several_threads_share_a_linearization() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    given = [vectors(2, x, seed) for seed in range(6)]
+    expected = [linearization.jvp(g) for g in given]
+    wrong: list[int] = []
+
+    def multiply(number: int) -> None:
+        wrong.extend(
+            number for _ in range(4) if not torch.equal(linearization.jvp(given[number]), expected[number])
+        )
+
+    threads = [threading.Thread(target=multiply, args=(i,)) for i in range(len(given))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_product_does_not_wait_for_another_one() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    expected = linearization.jvp(vectors(1, x))
+    with linearization._workspace._lock:
+        assert torch.equal(linearization.jvp(vectors(1, x)), expected)
+
+
+@pytest.mark.parametrize(
+    "f",
+    [
+        lambda x: x.expand(3, -1) + x.sin(),  # a view with strides of zero that another instruction reads
+        lambda x: x.sum() + x,  # a broadcast sum
+        lambda x: torch.stack([x, x.cos(), x])[::2].transpose(0, 1) @ x[0, :3],
+        lambda x: x + x + x,
+        lambda x: (x * 2).T + (x * 2).T.contiguous(),
+        lambda x: x,
+        lambda x: x[:, 1:3],
+        lambda x: torch.cat([x.sin(), x[:, :0]], 1),
+    ],
+)
+def test_views_and_sums(f: object) -> None:
+    x = vectors(1, torch.zeros(3, 3, dtype=torch.float64))[0]
+    assert callable(f)
+    linearization = linearize(f, x)
+    tangents = vectors(4, x)
+    expected = oracle_jvp(f, x, tangents)
+    cotangents = vectors(4, expected[0])
+    pulled = oracle_vjp(f, x, cotangents)
+    for _ in range(3):
+        assert relative_error(linearization.jvp(tangents), expected) < 1e-14
+        assert relative_error(linearization.vjp(cotangents), pulled) < 1e-14
