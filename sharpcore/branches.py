@@ -12,7 +12,8 @@ from torch import Tensor
 from sharpcore.conditioning import Conditioning
 from sharpcore.detect import Evidence
 from sharpcore.errors import InvalidInput
-from sharpcore.linearization import Linearization, linearize
+from sharpcore.linearization import Linearization
+from sharpcore.lowering import WeightCopies
 from sharpcore.score import noise_level, prediction_type_of, score_from_prediction
 
 #: A Jacobian, or a difference of two, times one vector for each sample: [B, ...] to [B, ...].
@@ -26,8 +27,12 @@ class Branch:
     the same batch size cost a forward pass and no new trace.
     """
 
-    def __init__(self, network: Callable[..., Any], backend: str, precision: str) -> None:
+    def __init__(
+        self, network: Callable[..., Any], backend: str, precision: str, copies: WeightCopies
+    ) -> None:
+        """`copies` are the weights as products want them, shared by the branches of a network."""
         self.network = network
+        self._copies = copies
         self.backend = backend
         self.precision = precision
         self._linearization: Linearization | None = None
@@ -46,8 +51,8 @@ class Branch:
         def prediction(x: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
             return predict(self.network, x, timestep, _rebuild(conditioning, iter(tensors)))
 
-        self._linearization = linearize(
-            prediction, x, timestep, *tensors, backend=self.backend, precision=self.precision
+        self._linearization = Linearization(
+            prediction, x, (timestep, *tensors), self.backend, self.precision, None, self._copies
         )
         self._layout = layout
         return self._linearization

@@ -147,7 +147,7 @@ class SharpnessCallback:
             )
 
     def _forget(self) -> None:
-        self._branch = Branch(self.pipe.unet, self._backend, self._precision)
+        self._branch = Branch(self.pipe.unet, self._backend, self._precision, {})
         self._unconditional: text.Conditioning | None = None
 
     @torch.no_grad()

@@ -3,6 +3,7 @@ tangents."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from sharpcore.backends import get_backend
 from sharpcore.budget import choose_segments
 from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.explain import cost_of
-from sharpcore.lowering import Lowering
+from sharpcore.lowering import Lowering, WeightCopies
 from sharpcore.program import Program
 from sharpcore.residuals import Dropped, Residuals, Segment, kept_bytes
 from sharpcore.rules import LinearMap, storage_of
@@ -89,6 +90,7 @@ class Linearization:
         backend: str,
         precision: str,
         memory_budget: int | None,
+        copies: WeightCopies | None = None,
     ) -> None:
         if not callable(f):
             raise InvalidInput(f"f: expected a callable of one tensor; got {type(f).__name__}")
@@ -101,7 +103,7 @@ class Linearization:
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         self.precision = precision
         self.memory_budget = memory_budget
-        self._lowering = Lowering(precision, x)
+        self._lowering = Lowering(precision, x, {} if copies is None else copies)
         self._workspace = Workspace()
         self._f = f
         self._trace(x, bound)
@@ -110,11 +112,20 @@ class Linearization:
         self._ready = False
         self._workspace.forget()
         with _plain_precision(x):
-            self.program, maps, self.value, parameters = trace(
-                self._f, x, bound, self.backend, self._lowering.unrounded(self.memory_budget)
-            )
+            budget = self._lowering.unrounded(self.memory_budget)
+            record = functools.partial(trace, self._f, x, bound, self.backend, self._lowering, budget)
+            channels_last = self._lowering.packs and x.dim() == 4
+            try:
+                self.program, maps, self.value, parameters = record(channels_last)
+            except RuntimeError as error:
+                # f views x or what comes of it in a way that only its own layout allows.
+                if not channels_last or "view size is not compatible" not in str(error):
+                    raise
+                self.program, maps, self.value, parameters = record(False)
         with torch.inference_mode(False):
             self.x = x.detach().clone()
+            if self.program.channels_last:
+                self.x = self.x.contiguous(memory_format=torch.channels_last)
             self._bound = tuple(t.detach().clone() for t in bound)
         self._versions = [*parameters, *_constant_versions(self.program)]
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
@@ -131,7 +142,7 @@ class Linearization:
                 self._lowering.packs, weights = False, 0
             inputs = max(t.nbytes for t in (self.x, *self._bound))
             segments = choose_segments(self.program, kept, inputs, weights, budget)
-        self._residuals = Residuals(maps, segments, self._recompute)
+        self._residuals = Residuals(maps, segments, self.program, self.backend, self._lowering)
         missing = bool(segments)
         for index, instruction in enumerate(maps):
             maps[index] = None
@@ -181,9 +192,6 @@ class Linearization:
             self._residuals.offer(value, tensor)
         self.program.replay(values, self._residuals, self.backend, self._lowering)
         return None if self.program.output is None else values[self.program.output]
-
-    def _recompute(self, segment: Segment, checkpoints: dict[int, Tensor]) -> dict[int, LinearMap]:
-        return self.program.replay(checkpoints, self._residuals, self.backend, self._lowering, segment)
 
     def _arrive(self) -> None:
         """Allow products at the new point, if the value there is one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from sharpcore.errors import InvalidInput
 from sharpcore.rules import LinearMap
 from sharpcore.rules.attention import Attention
-from sharpcore.rules.linear import Convolution, Linear, MatrixProduct
+from sharpcore.rules.linear import Convolution, Linear, MatrixProduct, pack, packable
 from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
 from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape
@@ -83,20 +82,9 @@ def is_fixed(instruction: LinearMap) -> bool:
     return isinstance(instruction, _FIXED)
 
 
-# Copies of weights, for as long as a map refers to one: all linearizations of a network share them. Such a
-# map refers to the weight as well, so that no other tensor can come to lie at its address.
-_COPIES: weakref.WeakValueDictionary[Any, Tensor] = weakref.WeakValueDictionary()
-
-
-def _shared_copy(weight: Tensor, kind: tuple[Any, ...], make: Callable[[], Tensor]) -> Tensor:
-    """The copy of a weight that there is of this kind, or a new one."""
-    if weight.is_inference():  # does not count its in-place changes
-        return make()
-    key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype, str(kind))
-    copy = _COPIES.get(key)
-    if copy is None:
-        copy = _COPIES[key] = make()
-    return copy
+# Converted or packed weights by the weight and what was done to it. Linearizations that are given the same
+# dictionary share them; it may live as long as the weights do not change.
+WeightCopies = dict[Any, tuple[Tensor, Tensor]]
 
 
 def check_precision(precision: str, dtype: torch.dtype) -> None:
@@ -115,8 +103,9 @@ class Lowering:
     Weights are converted and packed once; the maps that hold them are kept when the point moves.
     """
 
-    def __init__(self, precision: str, x: Tensor) -> None:
+    def __init__(self, precision: str, x: Tensor, copies: WeightCopies) -> None:
         check_precision(precision, x.dtype)
+        self._copies = copies
         self.rounds = precision == "bfloat16"
         self.packs = x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -138,7 +127,7 @@ class Lowering:
         copied: dict[int, int] = {}
         for instruction in maps:
             if isinstance(instruction, Convolution):
-                if self.rounds or (self.packs and instruction.packable()):
+                if self.rounds or self._packs(instruction):
                     copied[id(instruction.weight)] = self.rounded(4 * instruction.weight.numel())
             elif isinstance(instruction, Linear) and self.rounds:
                 copied[id(instruction.weight)] = 2 * instruction.weight.numel()
@@ -146,14 +135,8 @@ class Lowering:
 
     def lower(self, instruction: LinearMap) -> LinearMap:
         """The map as products run it; the given one is changed and may be what is returned."""
-        if isinstance(instruction, Convolution) and self.packs and instruction.packable():
-            dtype = torch.bfloat16 if self.rounds else torch.float32
-            weight = instruction.weight
-            instruction.packed = _shared_copy(
-                weight,
-                ("packed", dtype, instruction.geometry),
-                lambda: instruction.pack(weight.detach().to(dtype)),
-            )
+        if isinstance(instruction, Convolution) and self._packs(instruction):
+            instruction.packed = self._packed(instruction.weight, instruction.geometry, instruction.x_shape)
             return instruction
         if isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4:
             # Tangents come out of packed convolutions with the channels last; the residual lies beside them.
@@ -165,12 +148,31 @@ class Lowering:
         if isinstance(instruction, Linear):
             weight = instruction.weight
             instruction.source = weight
-            instruction.weight = _shared_copy(
-                weight, ("rounded",), lambda: weight.detach().to(torch.bfloat16)
-            )
+            instruction.weight = self._copy(weight, "rounded", lambda: weight.detach().to(torch.bfloat16))
             return instruction
         self._round(instruction)
         return instruction
+
+    def _packs(self, convolution: Convolution) -> bool:
+        return self.packs and packable(convolution.weight, convolution.geometry)
+
+    def _packed(self, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
+        dtype = torch.bfloat16 if self.rounds else torch.float32
+        kind = f"packed {dtype} {geometry}"
+        return self._copy(weight, kind, lambda: pack(weight.detach().to(dtype), geometry, shape))
+
+    def _copy(self, weight: Tensor, kind: str, make: Callable[[], Tensor]) -> Tensor:
+        key = (weight.data_ptr(), weight.shape, weight.stride(), kind)
+        if key not in self._copies:
+            self._copies[key] = (weight, make())  # while the weight is held, its address is its own
+        return self._copies[key][1]
+
+    def packed_for_value(self, args: tuple[Any, ...]) -> Tensor | None:
+        """The packed weight with which the primal pass runs a convolution, given the arguments of
+        aten.convolution; None where it takes the plain one."""
+        x, weight, geometry = args[0], args[1], tuple(args[3:9])
+        fits = self.packs and not self.rounds and x.dtype == torch.float32 and packable(weight, geometry)
+        return self._packed(weight, geometry, x.shape) if fits else None
 
     def _round(self, instruction: LinearMap) -> None:
         for name, value in list(vars(instruction).items()):

@@ -28,7 +28,7 @@ from sharpcore.detect import Metric, compute_metrics, make_metrics
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
 from sharpcore.linearization import Linearization
-from sharpcore.lowering import check_precision
+from sharpcore.lowering import WeightCopies, check_precision
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, schedule
 from sharpcore.table import ScoreTable
@@ -334,12 +334,13 @@ class SharpnessScorer:
         self._memory: tuple[float, float] | None = (
             None  # the budget and what a sample's residuals take, bytes
         )
+        self._copies: WeightCopies = {}
         self._shared = _SharedBranch(self)
         self._conditional = self._branch()
         self._pair = self._branch()
 
     def _branch(self) -> Branch:
-        return Branch(self.pipe.unet, self.backend, self.precision)
+        return Branch(self.pipe.unet, self.backend, self.precision, self._copies)
 
     def _learn_memory(self, lin: Linearization) -> None:
         budget: float | None = self.memory_budget

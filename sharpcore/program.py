@@ -13,26 +13,14 @@ from torch import Tensor
 
 from sharpcore.explain import Cost, Timing, explain
 from sharpcore.plan import ADD, Log, Plan
-from sharpcore.rules import Call, LinearMap, Rule, aten, load_rules
+from sharpcore.rules import Call, LinearMap, Rule, load_rules
 from sharpcore.rules.fallback import fallback
-from sharpcore.rules.linear import Convolution
+from sharpcore.rules.linear import Convolution, evaluate_packed
 from sharpcore.rules.pointwise import Sum
 
 if TYPE_CHECKING:
     from sharpcore.lowering import Lowering
     from sharpcore.residuals import Residuals, Segment
-
-
-# Nothing is written in place in a program, so a view may as well be a copy: at a replay tensors may lie in
-# memory in another way than they did for f.
-_VIEWS = {aten.view.default, aten._unsafe_view.default}
-# What these give depends on how their operand lies in memory, or fails where it lies otherwise.
-_READ_LAYOUT = {
-    aten.as_strided.default,
-    aten._reshape_alias.default,
-    aten.view.dtype,
-    aten.view_as_complex.default,
-}
 
 
 @dataclass(frozen=True)
@@ -91,8 +79,6 @@ class Node:
         if self.op == "attention":
             q, k, v, mask, scale = args
             return kernels.attention_forward(q, k, v, mask=mask, scale=scale)
-        if self.op in _VIEWS:
-            return aten.reshape(*args)
         return self.op(*args, **self.kwargs)
 
     @property
@@ -125,6 +111,7 @@ class Program:
     output: int | None
     active: bool  # whether the output carries a tangent; if not, the derivative is zero
     replayable: bool  # False where Python control flow read values: a new point needs a new trace
+    channels_last: bool  # whether x came in that layout, and convolutions ran on packed weights
     steps: list[TangentStep] = field(default_factory=list)
     tangent_output: int | None = None
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
@@ -152,7 +139,6 @@ class Program:
         operations, and its maps are returned.
         """
         rules = load_rules()
-        free = not any(node.op in _READ_LAYOUT for node in self.nodes)
         made: dict[int, LinearMap] = {}
         for index in range(len(self.nodes)) if segment is None else range(segment.start, segment.stop):
             node = self.nodes[index]
@@ -163,8 +149,9 @@ class Program:
             )
             if wanted and segment is None:
                 residuals[index] = None  # the old ones go before the new ones come
-            if free and isinstance(fixed, Convolution) and fixed.evaluates(args[0]):
-                out = fixed.evaluate(args)
+            if self.channels_last and isinstance(fixed, Convolution) and fixed.evaluates(args[0]):
+                assert fixed.packed is not None
+                out = evaluate_packed(args, fixed.packed)
             else:
                 out = node.run(kernels, args)
             if wanted:

@@ -3,15 +3,15 @@ again."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sharpcore.lowering import is_fixed
+from sharpcore.lowering import Lowering, is_fixed
 from sharpcore.program import Node, Program
 from sharpcore.rules import LinearMap, storage_of
 
@@ -66,9 +66,6 @@ class Segment:
     needs: tuple[int, ...]
 
 
-Make = Callable[[Segment, dict[int, Tensor]], dict[int, LinearMap]]
-
-
 class Residuals(Sequence["LinearMap | None"]):
     """The maps of a linearization by node; those of a recomputed segment are made when one is asked for.
 
@@ -78,14 +75,15 @@ class Residuals(Sequence["LinearMap | None"]):
     def __init__(
         self,
         maps: Sequence[LinearMap | None],
-        segments: Sequence[Segment] = (),
-        make: Make | None = None,
+        segments: Sequence[Segment],
+        program: Program,
+        kernels: Any,
+        lowering: Lowering,
     ) -> None:
-        """`make` gives the maps of a segment from the checkpoints."""
         self._kept = list(maps)
         self.segments = tuple(segments)
         self.checkpoints: dict[int, Tensor] = {}
-        self._make = make
+        self._program, self._kernels, self._lowering = program, kernels, lowering
         self._needed = {value for segment in segments for value in segment.needs}
         self._of = {node: segment for segment in segments for node in range(segment.start, segment.stop)}
         self._made: tuple[Segment | None, dict[int, LinearMap]] = (None, {})
@@ -108,12 +106,16 @@ class Residuals(Sequence["LinearMap | None"]):
             return kept
         made_for, made = self._made
         if made_for is not segment:
-            assert self._make is not None
             del made
             self._made = (None, {})  # the other segment goes first
-            made = self._make(segment, dict(self.checkpoints))
+            made = self.make(segment)
             self._made = (segment, made)
         return made.get(node)
+
+    def make(self, segment: Segment) -> dict[int, LinearMap]:
+        """The maps of a segment, from the checkpoints."""
+        values = dict(self.checkpoints)
+        return self._program.replay(values, self, self._kernels, self._lowering, segment)
 
     def __setitem__(self, node: int, instruction: LinearMap | None) -> None:
         self._kept[node] = instruction

@@ -32,7 +32,7 @@ def test_error_is_at_most_twice_that_of_plain_bfloat16() -> None:
 def test_the_value_is_that_of_float32() -> None:
     f, x = prediction()
     linearization = linearize(f, x, precision="bfloat16")
-    assert torch.equal(linearization.value, linearize(f, x).value)
+    assert relative_error(linearization.value, f(x).detach()) < 1e-5
     assert linearization.jvp(vectors(1, x)).dtype == torch.float32
     linearization.relinearize(2 * x)
     assert relative_error(linearization.value, f(2 * x).detach()) < 1e-5

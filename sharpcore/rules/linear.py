@@ -36,7 +36,7 @@ class Convolution(LinearMap):
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
         if self.packed is not None:
-            return (_packed_convolution(tangent, self.packed, self._forward_geometry(), out),)
+            return (_packed_convolution(tangent, self.packed, _onednn_geometry(self.geometry), out),)
         made = aten.convolution(tangent.flatten(0, 1), self.weight, None, *self.geometry)
         made = made.unflatten(0, (tangent.shape[0], -1))
         return (made if out is None else out.copy_(made),)
@@ -64,34 +64,9 @@ class Convolution(LinearMap):
         grad = grad.unflatten(0, (k, -1))
         return (grad if out[0] is None else out[0].copy_(grad),)
 
-    def packable(self) -> bool:
-        """Whether oneDNN has this convolution for float32 and bfloat16 CPU tensors."""
-        return (
-            self.weight.dim() == 4
-            and not self.geometry[3]
-            and self.weight.device.type == "cpu"
-            and hasattr(mkldnn, "_reorder_convolution_weight")
-            and torch.backends.mkldnn.is_available()
-        )
-
-    def pack(self, weight: Tensor) -> Tensor:
-        """A weight of this convolution, in the dtype of the products, as `packed` holds it."""
-        return _pack(weight, self._forward_geometry(), self.x_shape)
-
     def evaluates(self, x: Tensor) -> bool:
-        """Whether `evaluate` can run the convolution itself at x."""
+        """Whether the packed weight is one for the convolution itself at x."""
         return self.packed is not None and self.packed.dtype == x.dtype
-
-    def evaluate(self, args: Sequence[Any]) -> Tensor:
-        """The convolution itself, with the packed weight; the arguments are those of aten.convolution."""
-        x = args[0].contiguous(memory_format=torch.channels_last)
-        return mkldnn._convolution_pointwise(
-            x, self.packed, args[2], *self._forward_geometry(), "none", [], ""
-        )
-
-    def _forward_geometry(self) -> _Geometry:
-        stride, padding, dilation, _, _, groups = self.geometry
-        return padding, stride, dilation, groups
 
     def _adjoint_geometry(self) -> _Geometry | None:
         """The convolution that the transpose is; None where it is none."""
@@ -116,6 +91,36 @@ def convolution(call: Call) -> LinearMap | None:
 
 
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
+
+
+def evaluate_packed(args: Sequence[Any], packed: Tensor) -> Tensor:
+    """The convolution itself, with a packed weight; the arguments are those of aten.convolution."""
+    x, _, bias, stride, padding, dilation, _, _, groups = args
+    x = x.contiguous(memory_format=torch.channels_last)
+    return mkldnn._convolution_pointwise(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
+
+
+def packable(weight: Tensor, geometry: tuple[Any, ...]) -> bool:
+    """Whether oneDNN has the convolution with this weight, geometry as in `Convolution`, for float32 and
+    bfloat16 CPU tensors."""
+    return (
+        weight.dim() == 4
+        and not geometry[3]
+        and weight.device.type == "cpu"
+        and weight.dtype == torch.float32
+        and hasattr(mkldnn, "_reorder_convolution_weight")
+        and torch.backends.mkldnn.is_available()
+    )
+
+
+def pack(weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
+    """The weight of a convolution of x with this shape as oneDNN wants it."""
+    return _pack(weight, _onednn_geometry(geometry), shape)
+
+
+def _onednn_geometry(geometry: tuple[Any, ...]) -> _Geometry:
+    stride, padding, dilation, _, _, groups = geometry
+    return padding, stride, dilation, groups
 
 
 def _pack(weight: Tensor, geometry: _Geometry, shape: torch.Size) -> Tensor:
