@@ -165,7 +165,7 @@ class Work:
             (diffusers.UNet2DConditionModel, "forward", "forwards", lambda unet, x, *_: x.shape[0]),
             (Program, "replay", "forwards", lambda program, inputs, *_: inputs[0].shape[0]),
             (Linearization, "jvp", "products", lambda lin, v: v.shape[0] * v.shape[1]),
-            (branches, "linearize", "traces", lambda *_: 1),
+            (branches, "Linearization", "traces", lambda *_: 1),
         ):
             monkeypatch.setattr(owner, method, counting(getattr(owner, method), name, samples))
         return self
