@@ -163,7 +163,7 @@ class Work:
 
         for owner, method, name, samples in (
             (diffusers.UNet2DConditionModel, "forward", "forwards", lambda unet, x, *_: x.shape[0]),
-            (Program, "replay", "forwards", lambda program, inputs, *_: inputs[0].shape[0]),
+            (Program, "replay", "forwards", lambda program, values, *_: values[program.x].shape[0]),
             (Linearization, "jvp", "products", lambda lin, v: v.shape[0] * v.shape[1]),
             (branches, "Linearization", "traces", lambda *_: 1),
         ):
