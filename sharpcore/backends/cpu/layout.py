@@ -14,14 +14,18 @@ def computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> 
     """Whether the C++ kernels take these: one supported dtype, the statistics' the same (float32 beside
     bfloat16), CPU memory, nothing for autograd to record."""
     dtype = tensors[0].dtype
-    statistics_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
-    return (
-        dtype in DTYPES
-        and all(t.dtype == dtype for t in tensors)
-        and all(t.dtype == statistics_dtype for t in statistics)
-        and all(t.device.type == "cpu" for t in (*tensors, *statistics))
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (*tensors, *statistics)))
-    )
+    if dtype not in DTYPES:
+        return False
+    recording = torch.is_grad_enabled()
+    for group, expected in ((tensors, dtype), (statistics, _statistics_dtype(dtype))):
+        for tensor in group:
+            if tensor.dtype != expected or not tensor.is_cpu or (recording and tensor.requires_grad):
+                return False
+    return True
+
+
+def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def dtype_code(dtype: torch.dtype) -> int:
@@ -56,9 +60,11 @@ def is_channels_last(vectors: Tensor) -> bool:
 
 def is_apart(vectors: Tensor, axes: int) -> bool:
     """Whether the slices of the leading `axes` axes, each of them dense, do not share memory."""
-    size = vectors.shape[axes:].numel()
-    for axis in reversed(range(axes)):
-        if vectors.shape[axis] != 1 and vectors.stride(axis) < size:
-            return False
-        size = max(size, vectors.shape[axis] * vectors.stride(axis))
+    shape, stride = vectors.shape, vectors.stride()
+    size = shape[axes:].numel()
+    for axis in range(axes - 1, -1, -1):
+        if shape[axis] != 1:
+            if stride[axis] < size:
+                return False
+            size = shape[axis] * stride[axis]
     return True
