@@ -1,11 +1,12 @@
-"""K tangents through GEGLU: kernel, reference, torch.func.jvp and a copy of the same bytes.
+"""GEGLU and K tangents through it: kernels, reference, torch.func.jvp and a copy of the same bytes.
 
     pytest benchmarks/bench_geglu_tangent.py -s
 
 The unit is a copy, into memory that is already mapped, of as many bytes as the kernel has to move: it reads
-the projection and K tangents of its size, and writes K results of half that. The kernel allocates its result,
-as does the copy into new memory: mapping that costs more than filling it where the
-allocator gives it back.
+the factors and K tangents of their size, and writes K results of half that. A kernel that allocates its
+result pays, as does the copy into new memory, for mapping it, which costs more than filling it where the
+allocator gives it back. What is computed once at a point, value and factors, is compared with PyTorch's
+operations for them.
 """
 
 from __future__ import annotations
@@ -36,11 +37,16 @@ def test_geglu_tangent(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     projection = torch.randn(2, tokens, 2 * columns, generator=generator)
+    value, factors = cpu.geglu_forward(projection, approximate)
     tangents = torch.randn(count, *projection.shape, generator=generator)
     cotangents = torch.randn(count, 2, tokens, columns, generator=generator)
-    exact = reference.geglu_tangent(tangents.double(), projection.double(), approximate)
+    out, pulled = torch.empty_like(cotangents), torch.empty_like(tangents)
+    exact = reference.geglu_tangent(
+        tangents.double(), reference.geglu_forward(projection.double(), approximate)[1]
+    )
     source = torch.randn((projection.numel() + tangents.numel() + cotangents.numel()) // 2)
     target = torch.empty_like(source)
+    half = [tensor.bfloat16() for tensor in (tangents, factors, out)]
 
     def forward(projection: Tensor) -> Tensor:
         hidden, gate = projection.chunk(2, -1)
@@ -54,10 +60,17 @@ def test_geglu_tangent(
 
     table.add("copy", lambda: target.copy_(source))
     table.add("copy into new memory", source.clone)
-    table.add("cpu kernel", lambda: cpu.geglu_tangent(tangents, projection, approximate), error=error)
-    table.add("cpu kernel, adjoint", lambda: cpu.geglu_adjoint(cotangents, projection, approximate))
-    table.add("reference", lambda: reference.geglu_tangent(tangents, projection, approximate), error=error)
+    table.add("cpu kernel", lambda: cpu.geglu_tangent(tangents, factors, out=out), error=error)
+    table.add("cpu kernel into new memory", lambda: cpu.geglu_tangent(tangents, factors))
+    table.add("cpu kernel, bfloat16", lambda: cpu.geglu_tangent(*half[:2], out=half[2]), error=error)
+    table.add("cpu kernel, adjoint", lambda: cpu.geglu_adjoint(cotangents, factors, out=pulled))
+    table.add("reference", lambda: reference.geglu_tangent(tangents, factors), error=error)
     table.add("torch.func.jvp", jvp, error=error)
-    table.add("the forward pass", lambda: forward(projection))
+    table.add("value: PyTorch", lambda: forward(projection))
+    table.add("value and factors: reference", lambda: reference.geglu_forward(projection, approximate))
+    table.add(
+        "value and factors: cpu kernel",
+        lambda: cpu.geglu_forward(projection, approximate, out=(value, factors)),
+    )
     benchmark.pedantic(table.measure, rounds=1)
     benchmark.extra_info.update({record["what"]: record["ratio"] for record in table.records()})

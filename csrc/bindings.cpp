@@ -4,6 +4,7 @@
 
 #include <array>
 #include <cstdint>
+#include <tuple>
 #include <utility>
 
 #include "sharpcore/attention_adjoint.h"
@@ -13,6 +14,8 @@
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
+#include "sharpcore/residual_add.h"
+#include "sharpcore/upsample_nearest_tangent.h"
 
 namespace py = pybind11;
 
@@ -73,12 +76,68 @@ sharpcore::LayerNormArguments layer_norm_arguments(Address out, Address vectors,
             threads};
 }
 
-sharpcore::GegluArguments geglu_arguments(Address out, Address vectors, Address projection, bool float64, bool tanh,
-                                          std::int64_t count, std::int64_t rows, std::int64_t columns,
-                                          std::int64_t out_stride, std::int64_t vector_stride, int threads) {
+sharpcore::GegluForwardArguments geglu_forward_arguments(Address value, Address factors, Address projection, int dtype,
+                                                         bool tanh, std::int64_t rows, std::int64_t columns,
+                                                         int threads) {
     const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
-    return {pointer(out), pointer(vectors), pointer(projection), float64,       tanh,   count,
-            rows,         columns,          out_stride,          vector_stride, threads};
+    return {pointer(value), pointer(factors), pointer(projection), static_cast<sharpcore::Dtype>(dtype), tanh, rows,
+            columns,        threads};
+}
+
+sharpcore::GegluArguments geglu_arguments(Address out, Address vectors, Address factors, int dtype, std::int64_t count,
+                                          std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
+                                          std::int64_t vector_stride, int threads) {
+    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+    return {
+        pointer(out), pointer(vectors), pointer(factors), static_cast<sharpcore::Dtype>(dtype), count, rows, columns,
+        out_stride,   vector_stride,    threads};
+}
+
+using ResidualTuple = std::tuple<Address, bool, Strides>;  // data; transposed; strides of count and batch
+
+sharpcore::ResidualAddArguments residual_add_arguments(Address out, Strides out_strides, const ResidualTuple& first,
+                                                       const ResidualTuple& second, double scale, int dtype,
+                                                       std::int64_t count, std::int64_t batch, std::int64_t rows,
+                                                       std::int64_t columns, int threads) {
+    const auto residual = [](const ResidualTuple& tuple) {
+        const auto& [address, transposed, strides] = tuple;
+        return sharpcore::ResidualOperand{reinterpret_cast<void*>(address), transposed, strides.first, strides.second};
+    };
+    return {reinterpret_cast<void*>(out),
+            out_strides.first,
+            out_strides.second,
+            residual(first),
+            residual(second),
+            scale,
+            static_cast<sharpcore::Dtype>(dtype),
+            count,
+            batch,
+            rows,
+            columns,
+            threads};
+}
+
+sharpcore::UpsampleNearestArguments upsample_arguments(Address out, Address vectors, int dtype, bool channels_last,
+                                                       std::array<std::int64_t, 5> sizes,
+                                                       std::pair<std::int64_t, std::int64_t> factors,
+                                                       Strides out_strides, Strides vector_strides, int threads) {
+    const auto [count, batch, channels, height, width] = sizes;
+    return {reinterpret_cast<void*>(out),
+            reinterpret_cast<void*>(vectors),
+            static_cast<sharpcore::Dtype>(dtype),
+            channels_last,
+            count,
+            batch,
+            channels,
+            height,
+            width,
+            factors.first,
+            factors.second,
+            out_strides.first,
+            out_strides.second,
+            vector_strides.first,
+            vector_strides.second,
+            threads};
 }
 
 using OperandTuple = std::pair<Address, std::array<std::int64_t, 4>>;  // data; strides of count, batch, head, row
@@ -213,12 +272,33 @@ PYBIND11_MODULE(_C, module) {
     define_layer_norm("layer_norm_adjoint", [](const sharpcore::LayerNormArguments& arguments) {
         SHARPCORE_CALL_KERNEL(layer_norm_adjoint, arguments);
     });
+    define_kernel(
+        module, "geglu_forward",
+        static_cast<void (*)(const sharpcore::GegluForwardArguments&)>(
+            [](const sharpcore::GegluForwardArguments& arguments) { SHARPCORE_CALL_KERNEL(geglu_forward, arguments); }),
+        geglu_forward_arguments, "value", "factors", "projection", "dtype", "tanh", "rows", "columns", "threads");
     const auto define_geglu = [&](const char* name, void (*kernel)(const sharpcore::GegluArguments&)) {
-        define_kernel(module, name, kernel, geglu_arguments, "out", "vectors", "projection", "float64", "tanh", "count",
-                      "rows", "columns", "out_stride", "vector_stride", "threads");
+        define_kernel(module, name, kernel, geglu_arguments, "out", "vectors", "factors", "dtype", "count", "rows",
+                      "columns", "out_stride", "vector_stride", "threads");
     };
     define_geglu("geglu_tangent",
                  [](const sharpcore::GegluArguments& arguments) { SHARPCORE_CALL_KERNEL(geglu_tangent, arguments); });
     define_geglu("geglu_adjoint",
                  [](const sharpcore::GegluArguments& arguments) { SHARPCORE_CALL_KERNEL(geglu_adjoint, arguments); });
+    define_kernel(
+        module, "residual_add",
+        static_cast<void (*)(const sharpcore::ResidualAddArguments&)>(
+            [](const sharpcore::ResidualAddArguments& arguments) { SHARPCORE_CALL_KERNEL(residual_add, arguments); }),
+        residual_add_arguments, "out", "out_strides", "first", "second", "scale", "dtype", "count", "batch", "rows",
+        "columns", "threads");
+    const auto define_upsample = [&](const char* name, void (*kernel)(const sharpcore::UpsampleNearestArguments&)) {
+        define_kernel(module, name, kernel, upsample_arguments, "out", "vectors", "dtype", "channels_last", "sizes",
+                      "factors", "out_strides", "vector_strides", "threads");
+    };
+    define_upsample("upsample_nearest_tangent", [](const sharpcore::UpsampleNearestArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(upsample_nearest_tangent, arguments);
+    });
+    define_upsample("upsample_nearest_adjoint", [](const sharpcore::UpsampleNearestArguments& arguments) {
+        SHARPCORE_CALL_KERNEL(upsample_nearest_adjoint, arguments);
+    });
 }

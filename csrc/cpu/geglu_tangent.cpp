@@ -1,15 +1,15 @@
-// K tangents or cotangents through GEGLU. The derivatives of y = h gelu(g) with respect to h and to g are computed once
-// for a tile and stay in the cache while all K vectors pass.
+// GEGLU: the value and its derivatives with respect to h and to g in one pass over the projection, and K tangents or
+// cotangents through these derivatives: a pass bound by memory, in which a tile of the derivatives stays in the cache
+// while all K vectors pass.
 #include "sharpcore/geglu_tangent.h"
 
+#include "sharpcore/for_vectors.h"
 #include "sharpcore/parallel.h"
-#include "sharpcore/simd.h"
 
 namespace sharpcore::SHARPCORE_ISA {
 namespace {
 
 using Index = std::int64_t;
-using Arguments = GegluArguments;
 
 template <class T>
 struct Gate {
@@ -105,109 +105,98 @@ inline Gate<T> gate_of(Vec<T> g) {
     return gelu<T>(g);
 }
 
-// Calls piece(start, read, write) for the vectors of a row; the last one is read and written in part where it must be.
-template <class T, class Piece>
-inline void for_vectors(Index columns, Piece piece) {
-    Index i = 0;
-    for (; i + kLanes<T> <= columns; i += kLanes<T>)
-        piece([i](const T* from) { return load(from + i); }, [i](T* to, Vec<T> vector) { store(to + i, vector); });
-    if (const Index rest = columns - i; rest > 0)
-        piece([=](const T* from) { return load_partial(from + i, rest); },
-              [=](T* to, Vec<T> vector) { store_partial(to + i, vector, rest); });
-}
-
-// Derivatives of y with respect to h and g for one row, or a part of it.
+// The value of a row and the derivatives of y with respect to h and g; these may overwrite the projection.
 template <bool tanh, class T>
-void fill(T* by_hidden, T* by_gate, const T* hidden, const T* gate, Index columns) {
+void forward(T* value, T* factors, const T* projection, Index columns) {
     for_vectors<T>(columns, [=](auto read, auto write) {
-        const Gate<T> activated = gate_of<tanh, T>(read(gate));
-        write(by_hidden, activated.value);
-        write(by_gate, read(hidden) * activated.slope);
+        const Gate<Compute<T>> activated = gate_of<tanh, Compute<T>>(read(projection + columns));
+        const Vec<Compute<T>> hidden = read(projection);
+        write(factors, activated.value);
+        write(factors + columns, hidden * activated.slope);
+        write(value, hidden * activated.value);
     });
 }
 
 template <bool adjoint, class T>
-void apply(T* out, const T* v, const T* by_hidden, const T* by_gate, Index row_columns, Index columns) {
+void apply(T* out, const T* v, const T* factors, Index columns) {
     for_vectors<T>(columns, [=](auto read, auto write) {
         if constexpr (adjoint) {
-            const Vec<T> vector = read(v);
-            write(out, vector * read(by_hidden));
-            write(out + row_columns, vector * read(by_gate));
+            const Vec<Compute<T>> vector = read(v);
+            write(out, vector * read(factors));
+            write(out + columns, vector * read(factors + columns));
         } else {
-            write(out, read(v) * read(by_hidden) + read(v + row_columns) * read(by_gate));
+            write(out, read(v) * read(factors) + read(v + columns) * read(factors + columns));
         }
     });
 }
 
-// Elements of a tile: its two derivatives take half of a first-level cache in float.
-constexpr Index kTileElements = 2048;
+// Elements of y in a task, about: its factors take a quarter of a second-level cache in float.
+constexpr Index kTaskElements = 1 << 15;
 
 // Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
 constexpr Index kTasksPerThread = 4;
 
-// A tile is some whole rows, or a part of one long row. A task is a tile, for a range of the K vectors.
+// Rows of a task.
+Index task_rows(Index rows, Index columns, int threads) {
+    const Index whole = kTaskElements / columns, shared = threads > 1 ? rows / (kTasksPerThread * threads) : rows;
+    const Index fitting = whole < shared ? whole : shared;
+    return fitting > 1 ? fitting : 1;
+}
+
+template <class Arguments>
 struct Work {
     const Arguments& arguments;
-    const Scratch& scratch;
-    Index rows, columns;                    // of a tile
-    Index row_tiles, column_tiles, splits;  // splits: ranges of K
+    Index rows, splits;  // rows of a task, ranges of K
 };
 
-template <bool adjoint, bool tanh, class T>
-void do_task(const void* job, Index task, int slot) noexcept {
-    const Work& work = *static_cast<const Work*>(job);
-    const Arguments& a = work.arguments;
-    const Index split = task % work.splits, tile = task / work.splits;
-    const Index column = tile % work.column_tiles * work.columns, row = tile / work.column_tiles * work.rows;
-    const Index columns = column + work.columns < a.columns ? work.columns : a.columns - column;
-    const Index rows = row + work.rows < a.rows ? work.rows : a.rows - row;
-    const Index first = split * a.count / work.splits, last = (split + 1) * a.count / work.splits;
-    T* const by_hidden = static_cast<T*>(work.scratch.slot(slot));
-    T* const by_gate = by_hidden + work.rows * work.columns;
-    for (Index r = 0; r < rows; ++r) {
-        const T* projection = static_cast<const T*>(a.projection) + (row + r) * 2 * a.columns + column;
-        fill<tanh, T>(by_hidden + r * columns, by_gate + r * columns, projection, projection + a.columns, columns);
-    }
-    const Index in_width = adjoint ? a.columns : 2 * a.columns, out_width = adjoint ? 2 * a.columns : a.columns;
-    for (Index k = first; k < last; ++k) {
-        const T* v = static_cast<const T*>(a.vectors) + k * a.vector_count_stride + row * in_width + column;
-        T* out = static_cast<T*>(a.out) + k * a.out_count_stride + row * out_width + column;
-        for (Index r = 0; r < rows; ++r)
-            apply<adjoint, T>(out + r * out_width, v + r * in_width, by_hidden + r * columns, by_gate + r * columns,
-                              a.columns, columns);
-    }
+template <bool tanh, class T>
+void forward_task(const void* job, Index task, int) noexcept {
+    const auto& [a, rows, splits] = *static_cast<const Work<GegluForwardArguments>*>(job);
+    const Index end = (task + 1) * rows < a.rows ? (task + 1) * rows : a.rows;
+    for (Index r = task * rows; r < end; ++r)
+        forward<tanh, T>(static_cast<T*>(a.value) + r * a.columns, static_cast<T*>(a.factors) + r * 2 * a.columns,
+                         static_cast<const T*>(a.projection) + r * 2 * a.columns, a.columns);
 }
 
 template <bool adjoint, class T>
-void run(const Arguments& a) {
-    const Index columns = a.columns < kTileElements ? a.columns : kTileElements;
-    Index rows = kTileElements / columns;
-    if (rows > a.rows) rows = a.rows;
-    const Index row_tiles = (a.rows + rows - 1) / rows, column_tiles = (a.columns + columns - 1) / columns;
-    const Index tiles = row_tiles * column_tiles;
-    Index splits = 1;
-    if (a.threads > 1) {
-        splits = (kTasksPerThread * a.threads + tiles - 1) / tiles;
-        if (splits > a.count) splits = a.count;
+void apply_task(const void* job, Index task, int) noexcept {
+    const auto& [a, rows, splits] = *static_cast<const Work<GegluArguments>*>(job);
+    const Index split = task % splits, row = task / splits * rows;
+    const Index end = row + rows < a.rows ? row + rows : a.rows;
+    const Index in_width = adjoint ? a.columns : 2 * a.columns, out_width = adjoint ? 2 * a.columns : a.columns;
+    for (Index k = split * a.count / splits; k < (split + 1) * a.count / splits; ++k) {
+        const T* v = static_cast<const T*>(a.vectors) + k * a.vector_count_stride;
+        T* out = static_cast<T*>(a.out) + k * a.out_count_stride;
+        for (Index r = row; r < end; ++r)
+            apply<adjoint, T>(out + r * out_width, v + r * in_width,
+                              static_cast<const T*>(a.factors) + r * 2 * a.columns, a.columns);
     }
-    const int threads = a.threads > 1 ? a.threads : 1;
-    const Scratch scratch(threads, 2 * rows * columns * static_cast<Index>(sizeof(T)));
-    const Work work{a, scratch, rows, columns, row_tiles, column_tiles, splits};
-    parallel_for(tiles * splits, threads, a.tanh ? do_task<adjoint, true, T> : do_task<adjoint, false, T>, &work);
 }
 
 template <bool adjoint>
-void run_any(const Arguments& a) {
-    if (a.float64)
-        run<adjoint, double>(a);
-    else
-        run<adjoint, float>(a);
+void run(const GegluArguments& a) {
+    Work<GegluArguments> work{a, task_rows(a.rows, a.columns, a.threads), 1};
+    const Index tasks = (a.rows + work.rows - 1) / work.rows;
+    if (a.threads > 1) work.splits = (kTasksPerThread * a.threads + tasks - 1) / tasks;
+    if (work.splits > a.count) work.splits = a.count;
+    with_storage(a.dtype, [&](auto one) {
+        parallel_for(tasks * work.splits, a.threads, apply_task<adjoint, decltype(one)>, &work);
+    });
 }
 
 }  // namespace
 
-void geglu_tangent(const Arguments& arguments) { run_any<false>(arguments); }
+void geglu_forward(const GegluForwardArguments& a) {
+    const Work<GegluForwardArguments> work{a, task_rows(a.rows, a.columns, a.threads), 1};
+    with_storage(a.dtype, [&](auto one) {
+        using T = decltype(one);
+        parallel_for((a.rows + work.rows - 1) / work.rows, a.threads,
+                     a.tanh ? forward_task<true, T> : forward_task<false, T>, &work);
+    });
+}
 
-void geglu_adjoint(const Arguments& arguments) { run_any<true>(arguments); }
+void geglu_tangent(const GegluArguments& arguments) { run<false>(arguments); }
+
+void geglu_adjoint(const GegluArguments& arguments) { run<true>(arguments); }
 
 }  // namespace sharpcore::SHARPCORE_ISA

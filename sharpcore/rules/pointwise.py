@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from sharpcore.backends.reference.geglu_tangent import geglu_forward
 from sharpcore.rules import Call, Identity, LinearMap, aten, lift, rule, unbroadcast
 
 
@@ -74,7 +74,10 @@ class Sum(LinearMap):
         self.dtype = dtype
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (torch.add(lift(tangents[0], self.ndim), lift(tangents[1], self.ndim), alpha=self.factor),)
+        first, second = (lift(tangent, self.ndim) for tangent in tangents)
+        if first.shape == second.shape and first.dtype == second.dtype and not first.is_complex():
+            return (kernels.residual_add(first, second, self.factor),)
+        return (torch.add(first, second, alpha=self.factor),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -185,33 +188,30 @@ def gelu(call: Call) -> LinearMap:
 
 
 class Geglu(LinearMap):
-    """y = h * gelu(g) of the halves [h | g] of the last axis: one pass over K tangents, from the projection
-    alone."""
+    """y = h * gelu(g) of the halves [h | g] of the last axis: one pass over K tangents, with the derivatives
+    [dy/dh | dy/dg] as residual."""
 
-    def __init__(self, projection: Tensor, approximate: str) -> None:
-        self.projection = projection
-        self.approximate = approximate
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (kernels.geglu_tangent(tangents[0], self.projection, self.approximate),)
+        return (kernels.geglu_tangent(tangents[0], self.factors),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        if cotangent is None:
-            return (None,)
-        return (kernels.geglu_adjoint(cotangent, self.projection, self.approximate),)
+        return (None if cotangent is None else kernels.geglu_adjoint(cotangent, self.factors),)
 
 
-def geglu(projection: Tensor, approximate: str) -> Tensor:
-    """The primal of the fused operation: h * gelu(g) with [h | g] the halves of the last axis."""
-    hidden, gate = projection.chunk(2, -1)
-    return F.gelu(gate, approximate=approximate).mul_(hidden)
+def geglu(projection: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """The primal of the fused operation: h * gelu(g), and the factors of its derivative."""
+    return geglu_forward(projection, approximate)
 
 
 @rule(geglu)
 def fused_geglu(call: Call) -> LinearMap:
-    projection, approximate = call.args
-    return Geglu(projection, approximate)
+    # While a network is traced its own operations made the value, and nothing has made the factors yet.
+    _, factors = geglu(*call.args) if isinstance(call.out, Tensor) else call.out
+    return Geglu(factors)
 
 
 @rule(aten.sigmoid.default)

@@ -368,9 +368,37 @@ class Folded(LinearMap):
         return (grad.unflatten(0, (k, -1)),)
 
 
+class UpsampleNearest(LinearMap):
+    """Every pixel repeated over a block of `factors` pixels."""
+
+    def __init__(self, factors: tuple[int, int]) -> None:
+        self.factors = factors
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (kernels.upsample_nearest_tangent(tangents[0], self.factors),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        return (None if cotangent is None else kernels.upsample_nearest_adjoint(cotangent, self.factors),)
+
+
+@rule(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
+def upsample_nearest(call: Call) -> LinearMap | None:
+    x = call.args[0]
+    if x.dim() != 4 or 0 in x.shape:
+        return folded(call)
+    (height, width), (out_height, out_width) = x.shape[2:], call.out.shape[2:]
+    factors = out_height // height, out_width // width
+    # A scale that the caller gives, like 2.3, or rounding in it, can pick other pixels than the sizes say:
+    # which ones, the operation itself tells on an image of its pixels' numbers.
+    numbers = torch.arange(height * width, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    numbers = numbers.view(1, 1, height, width)
+    blocks = numbers.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
+    picked = call.op(numbers, *call.args[1:], **call.kwargs)
+    return UpsampleNearest(factors) if torch.equal(picked, blocks) else folded(call)
+
+
 @rule(
-    aten.upsample_nearest2d.default,
-    aten.upsample_nearest2d.vec,
     aten.upsample_bilinear2d.default,
     aten.upsample_bilinear2d.vec,
     aten.upsample_bicubic2d.default,

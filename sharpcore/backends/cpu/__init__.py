@@ -6,11 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from sharpcore.backends.cpu.attention_tangent import attention_adjoint, attention_tangent
-from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_tangent
+from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
 from sharpcore.backends.cpu.group_norm_silu_tangent import group_norm_silu_adjoint, group_norm_silu_tangent
 from sharpcore.backends.cpu.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.cpu.layout import DTYPES
 from sharpcore.backends.cpu.native import extension, why_missing
+from sharpcore.backends.cpu.residual_add import residual_add
+from sharpcore.backends.cpu.upsample_nearest_tangent import (
+    upsample_nearest_adjoint,
+    upsample_nearest_tangent,
+)
 
 __all__ = ["DTYPES", "KERNELS", "extension", "why_missing"]
 
@@ -25,5 +30,9 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         layer_norm_adjoint,
         geglu_tangent,
         geglu_adjoint,
+        geglu_forward,
+        residual_add,
+        upsample_nearest_tangent,
+        upsample_nearest_adjoint,
     )
 }

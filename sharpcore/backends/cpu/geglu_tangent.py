@@ -6,51 +6,89 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import computable, dense_each
+from sharpcore.backends.cpu.layout import computable, dense_each, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
 
-def geglu_tangent(tangent: Tensor, projection: Tensor, approximate: str) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
-    return _geglu("geglu_tangent", tangent, projection, approximate)
-
-
-def geglu_adjoint(cotangent: Tensor, projection: Tensor, approximate: str) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result is contiguous."""
-    return _geglu("geglu_adjoint", cotangent, projection, approximate)
-
-
-def _geglu(kernel: str, vectors: Tensor, projection: Tensor, approximate: str) -> Tensor:
+def geglu_forward(
+    projection: Tensor, approximate: str, *, out: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """As its namesake in sharpcore.backends.reference; contiguous `out` is written without a copy."""
     native = extension()
-    if native is None or not computable([vectors, projection]):
-        return reference.KERNELS[kernel](vectors, projection, approximate)
+    if native is None or not computable([projection, *(out or ())]):
+        return reference.KERNELS["geglu_forward"](projection, approximate, out=out)
     if approximate not in ("none", "tanh"):
         raise InvalidInput(f"approximate: expected none or tanh, got {approximate!r}")
-    if projection.ndim < 1 or projection.shape[-1] % 2:
-        raise InvalidInput(f"projection: expected shape [..., 2 C], got {list(projection.shape)}")
-    narrow = torch.Size((*projection.shape[:-1], projection.shape[-1] // 2))
-    adjoint = kernel == "geglu_adjoint"
-    given, returned = (narrow, projection.shape) if adjoint else (projection.shape, narrow)
-    if vectors.ndim < 1 or vectors.shape[1:] != given:
-        name = "cotangent" if adjoint else "tangent"
-        raise InvalidInput(f"{name}: expected shape [K, *{list(given)}], got {list(vectors.shape)}")
+    narrow = _narrow("projection", projection)
+    to_value, to_factors = (None, None) if out is None else out
+    check_out(to_value, narrow, projection.dtype)
+    check_out(to_factors, projection.shape, projection.dtype)
+    value = _contiguous(to_value, projection, narrow)
+    factors = _contiguous(to_factors, projection, projection.shape)
+    projection = projection.contiguous()
+    if value.numel():
+        native.geglu_forward(
+            value=value.data_ptr(),
+            factors=factors.data_ptr(),
+            projection=projection.data_ptr(),
+            dtype=dtype_code(projection.dtype),
+            tanh=approximate == "tanh",
+            rows=narrow[:-1].numel(),
+            columns=narrow[-1],
+            threads=torch.get_num_threads(),
+        )
+    return deliver(value, to_value), deliver(factors, to_factors)
 
-    out = vectors.new_empty((vectors.shape[0], *returned))
-    if out.numel() == 0:
-        return out
-    vectors, projection = dense_each(vectors), projection.contiguous()
-    getattr(native, kernel)(
-        out=out.data_ptr(),
-        vectors=vectors.data_ptr(),
-        projection=projection.data_ptr(),
-        float64=vectors.dtype == torch.float64,
-        tanh=approximate == "tanh",
-        count=vectors.shape[0],
-        rows=narrow[:-1].numel(),
-        columns=narrow[-1],
-        out_stride=out.stride(0),
-        vector_stride=vectors.stride(0),
-        threads=torch.get_num_threads(),
-    )
-    return out
+
+def geglu_tangent(tangent: Tensor, factors: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous, and `out` written without a
+    copy where each of its K results is."""
+    return _apply("geglu_tangent", "tangent", tangent, factors, out)
+
+
+def geglu_adjoint(cotangent: Tensor, factors: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """As its namesake in sharpcore.backends.reference; the result is contiguous, and `out` written without a
+    copy where each of its K results is."""
+    return _apply("geglu_adjoint", "cotangent", cotangent, factors, out)
+
+
+def _apply(kernel: str, name: str, vectors: Tensor, factors: Tensor, out: Tensor | None) -> Tensor:
+    native = extension()
+    if native is None or not computable([vectors, factors] if out is None else [vectors, factors, out]):
+        return reference.KERNELS[kernel](vectors, factors, out=out)
+    narrow = _narrow("factors", factors)
+    given, returned = (factors.shape, narrow) if kernel == "geglu_tangent" else (narrow, factors.shape)
+    if vectors.ndim < 1 or vectors.shape[1:] != given:
+        raise InvalidInput(f"{name}: expected shape [K, *{list(given)}], got {list(vectors.shape)}")
+    shape = (vectors.shape[0], *returned)
+    check_out(out, shape, vectors.dtype)
+    direct = out is not None and is_dense(returned, out.stride()[1:]) and is_apart(out, 1)
+    result: Tensor = out if direct else vectors.new_empty(shape)  # type: ignore[assignment]
+    vectors, factors = dense_each(vectors), factors.contiguous()
+    if result.numel():
+        getattr(native, kernel)(
+            out=result.data_ptr(),
+            vectors=vectors.data_ptr(),
+            factors=factors.data_ptr(),
+            dtype=dtype_code(vectors.dtype),
+            count=vectors.shape[0],
+            rows=narrow[:-1].numel(),
+            columns=narrow[-1],
+            out_stride=result.stride(0),
+            vector_stride=vectors.stride(0),
+            threads=torch.get_num_threads(),
+        )
+    return deliver(result, out)
+
+
+def _contiguous(out: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
+    return out if out is not None and out.is_contiguous() else like.new_empty(shape)
+
+
+def _narrow(name: str, wide: Tensor) -> torch.Size:
+    """The shape of one half of [..., 2 C]."""
+    if wide.ndim < 1 or wide.shape[-1] % 2:
+        raise InvalidInput(f"{name}: expected shape [..., 2 C], got {list(wide.shape)}")
+    return torch.Size((*wide.shape[:-1], wide.shape[-1] // 2))

@@ -10,12 +10,17 @@ from sharpcore.backends.reference.attention_tangent import (
     attention_forward,
     attention_tangent,
 )
-from sharpcore.backends.reference.geglu_tangent import geglu_adjoint, geglu_tangent
+from sharpcore.backends.reference.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
 from sharpcore.backends.reference.group_norm_silu_tangent import (
     group_norm_silu_adjoint,
     group_norm_silu_tangent,
 )
 from sharpcore.backends.reference.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
+from sharpcore.backends.reference.residual_add import residual_add
+from sharpcore.backends.reference.upsample_nearest_tangent import (
+    upsample_nearest_adjoint,
+    upsample_nearest_tangent,
+)
 
 KERNELS: Mapping[str, Callable[..., Any]] = {
     kernel.__name__: kernel
@@ -29,5 +34,9 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         layer_norm_adjoint,
         geglu_tangent,
         geglu_adjoint,
+        geglu_forward,
+        residual_add,
+        upsample_nearest_tangent,
+        upsample_nearest_adjoint,
     )
 }
