@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import computable, is_dense
+from sharpcore.backends.cpu.layout import (
+    computable,
+    dtype_code,
+    is_apart,
+    is_channels_first,
+    is_channels_last,
+)
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
 
@@ -20,9 +29,14 @@ def group_norm_silu_tangent(
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result is laid out as the tangent."""
-    return _group_norm_silu("group_norm_silu_tangent", tangent, x, mean, rstd, weight, bias, groups, silu)
+    """As its namesake in sharpcore.backends.reference; the result lies channels-first or channels-last as the
+    tangent does, and `out` is written without a copy where it lies so, too."""
+    return _group_norm_silu(
+        "group_norm_silu_tangent", tangent, x, mean, rstd, weight, bias, groups, silu, out
+    )
 
 
 def group_norm_silu_adjoint(
@@ -34,9 +48,14 @@ def group_norm_silu_adjoint(
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """As its namesake in sharpcore.backends.reference; the result is laid out as the cotangent."""
-    return _group_norm_silu("group_norm_silu_adjoint", cotangent, x, mean, rstd, weight, bias, groups, silu)
+    """As its namesake in sharpcore.backends.reference; the result lies channels-first or channels-last as the
+    cotangent does, and `out` is written without a copy where it lies so, too."""
+    return _group_norm_silu(
+        "group_norm_silu_adjoint", cotangent, x, mean, rstd, weight, bias, groups, silu, out
+    )
 
 
 def _group_norm_silu(
@@ -49,83 +68,115 @@ def _group_norm_silu(
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    out: Tensor | None,
 ) -> Tensor:
-    tensors = [t for t in (vectors, x, mean, rstd, weight, bias) if t is not None]
-    native = extension()
-    if native is None or not computable(tensors):
-        return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, bias, groups, silu)
-    _check_group_norm(vectors, x, mean, rstd, weight, bias, groups)
-
-    channels_last = _is_channels_last(vectors)
-    if not (channels_last or _is_channels_first(vectors)):
-        vectors = vectors.contiguous()
-    count, batch, channels = vectors.shape[:3]
-    if channels_last:
-        out = vectors.new_empty((count, batch, *vectors.shape[3:], channels)).movedim(-1, 2)
-        x = x if _is_channels_last(x[None]) else x.movedim(1, -1).contiguous().movedim(-1, 1)
-    else:
-        out = vectors.new_empty(vectors.shape)
-        x = x if _is_channels_first(x[None]) else x.contiguous()
-    if out.numel() == 0:
-        return out
-    mean, rstd = mean.contiguous(), rstd.contiguous()
-    weight = None if weight is None else weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    getattr(native, kernel)(
-        out=out.data_ptr(),
-        vectors=vectors.data_ptr(),
-        x=x.data_ptr(),
-        mean=mean.data_ptr(),
-        rstd=rstd.data_ptr(),
-        weight=0 if weight is None else weight.data_ptr(),
-        bias=0 if bias is None else bias.data_ptr(),
-        float64=vectors.dtype == torch.float64,
-        count=count,
-        batch=batch,
-        channels=channels,
-        positions=vectors.shape[3:].numel(),
-        groups=groups,
-        out_strides=out.stride()[:2],
-        vector_strides=vectors.stride()[:2],
-        x_stride=x.stride(0),
-        channels_last=channels_last,
-        silu=silu,
-        threads=torch.get_num_threads(),
-    )
-    return out
-
-
-def _check_group_norm(
-    vectors: Tensor,
-    x: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-) -> None:
-    """Refuse shapes with which the kernel would read or write outside its tensors."""
-    if x.ndim < 2 or vectors.shape[1:] != x.shape:
+    tensors = [vectors, x] if out is None else [vectors, x, out]
+    native, given = kernel_for(tensors, (mean, rstd, weight, bias))
+    if native is None:
+        return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, bias, groups, silu, out=out)
+    mean, rstd, weight, bias = given  # type: ignore[assignment]
+    if vectors.shape[1:] != x.shape:
         raise InvalidInput(
             f"tangent: expected shape [K, *x.shape] = [K, *{list(x.shape)}], got {list(vectors.shape)}"
         )
-    batch, channels = x.shape[:2]
-    if groups < 1 or channels % groups:
-        raise InvalidInput(f"groups: expected a divisor of the {channels} channels, got {groups}")
+    check_group_norm(x, weight, bias, groups)
+    count, batch, channels = vectors.shape[:3]
     for name, statistic in (("mean", mean), ("rstd", rstd)):
         if statistic.shape != (batch, groups):
             raise InvalidInput(f"{name}: expected shape {[batch, groups]}, got {list(statistic.shape)}")
+    check_out(out, vectors.shape, vectors.dtype)
+
+    channels_last = choose_layout(tensors)
+    vectors, x = lay_out(vectors, channels_last), lay_out(x[None], channels_last)[0]
+    direct = out is not None and lies(out, channels_last) and is_apart(out, 2)
+    result: Tensor = out if direct else empty(vectors, channels_last)  # type: ignore[assignment]
+    if result.numel():
+        getattr(native, kernel)(
+            out=result.data_ptr(),
+            vectors=vectors.data_ptr(),
+            x=x.data_ptr(),
+            mean=mean.data_ptr(),
+            rstd=rstd.data_ptr(),
+            weight=0 if weight is None else weight.data_ptr(),
+            bias=0 if bias is None else bias.data_ptr(),
+            dtype=dtype_code(vectors.dtype),
+            count=count,
+            batch=batch,
+            channels=channels,
+            positions=vectors.shape[3:].numel(),
+            groups=groups,
+            out_strides=result.stride()[:2],
+            vector_strides=vectors.stride()[:2],
+            x_stride=x.stride(0),
+            weight_stride=sample_stride(weight),
+            bias_stride=sample_stride(bias),
+            channels_last=channels_last,
+            silu=silu,
+            threads=torch.get_num_threads(),
+        )
+    return deliver(result, out)
+
+
+def kernel_for(
+    tensors: list[Tensor], statistics: tuple[Tensor | None, ...]
+) -> tuple[ModuleType | None, tuple[Tensor | None, ...]]:
+    """The compiled module, None where it does not take these; the statistics without gaps, in float32 if they
+    come in bfloat16."""
+    native = extension()
+    statistics = tuple(
+        t.float() if t is not None and t.dtype == tensors[0].dtype == torch.bfloat16 else t for t in statistics
+    )
+    if native is None or not computable(tensors, [t for t in statistics if t is not None]):
+        return None, statistics
+    return native, tuple(None if t is None else t.contiguous() for t in statistics)
+
+
+def check_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> None:
+    """Refuse shapes with which the kernels would read or write outside their tensors."""
+    if x.ndim < 2:
+        raise InvalidInput(f"x: expected shape [B, C, *spatial], got {list(x.shape)}")
+    batch, channels = x.shape[:2]
+    if groups < 1 or channels % groups:
+        raise InvalidInput(f"groups: expected a divisor of the {channels} channels, got {groups}")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and parameter.shape != (channels,):
-            raise InvalidInput(f"{name}: expected shape {[channels]} or None, got {list(parameter.shape)}")
+        if parameter is not None and parameter.shape not in ((channels,), (batch, channels)):
+            raise InvalidInput(
+                f"{name}: expected shape {[channels]}, {[batch, channels]} or None, "
+                f"got {list(parameter.shape)}"
+            )
 
 
-def _is_channels_first(vectors: Tensor) -> bool:
-    """Whether each [C, *spatial] of [K, B, C, *spatial] lies in memory in this order without gaps."""
-    return is_dense(vectors.shape[2:], vectors.stride()[2:])
+def lies(vectors: Tensor, channels_last: bool) -> bool:
+    """Whether [K, B, C, *spatial] has one of the two layouts."""
+    return is_channels_last(vectors) if channels_last else is_channels_first(vectors)
 
 
-def _is_channels_last(vectors: Tensor) -> bool:
-    """Whether each [C, *spatial] of [K, B, C, *spatial] lies in memory as [*spatial, C] without gaps."""
-    shape, stride = vectors.shape, vectors.stride()
-    return is_dense((*shape[3:], shape[2]), (*stride[3:], stride[2]))
+def choose_layout(tensors: list[Tensor]) -> bool:
+    """Whether to work channels-last: the layout that most tensors have, in the order of their number; with
+    one position or one channel they may have both."""
+    grouped = [t if t.ndim == tensors[0].ndim else t[None] for t in tensors]
+    for number in range(len(grouped), 0, -1):
+        for channels_last in (True, False):
+            if all(lies(t, channels_last) for t in grouped[:number]):
+                return channels_last
+    return False
+
+
+def lay_out(vectors: Tensor, channels_last: bool) -> Tensor:
+    """[K, B, C, *spatial] in one of the two layouts, a copy where it has not got it."""
+    if lies(vectors, channels_last):
+        return vectors
+    return vectors.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else vectors.contiguous()
+
+
+def empty(vectors: Tensor, channels_last: bool) -> Tensor:
+    """New memory for [K, B, C, *spatial] in one of the two layouts."""
+    count, batch, channels, *spatial = vectors.shape
+    if channels_last:
+        return vectors.new_empty((count, batch, *spatial, channels)).movedim(-1, 2)
+    return vectors.new_empty(vectors.shape)
+
+
+def sample_stride(parameter: Tensor | None) -> int:
+    """How far the parameters of two samples are apart: 0 where all samples share them."""
+    return 0 if parameter is None or parameter.ndim == 1 else parameter.stride(0)
