@@ -155,13 +155,10 @@ def _holds_per_sample(shape: Sequence[int], norm: GroupNormSilu | LayerNorm) -> 
     norm."""
     x = norm.x.shape
     if isinstance(norm, GroupNormSilu):
-        varying = range(2)
+        varying = {0, 1}
     else:
-        normalized = range(len(x) - norm.axes, len(x))
-        varying = normalized if norm.axes == len(x) else (0, *normalized)
-    return len(shape) == len(x) and all(
-        n == 1 or (i in varying and n == x[i]) for i, n in enumerate(shape)
-    )
+        varying = set(range(len(x) - norm.axes, len(x))) | ({0} if norm.axes < len(x) else set())
+    return len(shape) == len(x) and all(n == 1 or (i in varying and n == x[i]) for i, n in enumerate(shape))
 
 
 def replace_residuals(instruction: LinearMap, replacement: Callable[[Tensor], Tensor]) -> None:

@@ -70,7 +70,7 @@ double run_sum(const S* x, Index size, T mean) {
 template <bool silu, class S, class T = Compute<S>>
 void run_write(S* out, const S* x, Index size, T mean, T gain, T bias) {
     const Vec<T> m = broadcast(mean), g = broadcast(gain), b = broadcast(bias);
-    for_vectors<T>(size, [&](auto access) { access.write(out, activated<silu, T>((access.read(x) - m) * g + b)); });
+    sweep_row<T>(size, [&](auto access) { access.write(out, activated<silu, T>((access.read(x) - m) * g + b)); });
 }
 
 // ---- Channels fastest: whole groups side by side make a block; its rows, one a position, lie `stride` apart. ----
@@ -112,11 +112,11 @@ void rows_sums(const Block<T>& block, const S* x) {
         const Index end = p + kFlushRows < block.positions ? p + kFlushRows : block.positions;
         for (Index c = 0; c < block.channels; ++c) block.sum[c] = 0;
         for (; p + kSumRows <= end; p += kSumRows)
-            for_vectors<T>(block.channels,
-                           [&](auto access) { add_rows<squared, kSumRows>(block, x + p * block.stride, access); });
+            sweep_row<T>(block.channels,
+                         [&](auto access) { add_rows<squared, kSumRows>(block, x + p * block.stride, access); });
         for (; p < end; ++p)
-            for_vectors<T>(block.channels,
-                           [&](auto access) { add_rows<squared, 1>(block, x + p * block.stride, access); });
+            sweep_row<T>(block.channels,
+                         [&](auto access) { add_rows<squared, 1>(block, x + p * block.stride, access); });
         for (Index c = 0; c < block.channels; ++c) block.sums[c] += static_cast<double>(block.sum[c]);
     }
 }
@@ -134,11 +134,11 @@ template <bool silu, class S, class T>
 void rows_write(const Block<T>& block, S* out, const S* x) {
     Index p = 0;
     for (; p + kWriteRows <= block.positions; p += kWriteRows)
-        for_vectors<T>(block.channels, [&](auto access) {
+        sweep_row<T>(block.channels, [&](auto access) {
             write_rows<silu, kWriteRows>(block, out + p * block.stride, x + p * block.stride, access);
         });
     for (; p < block.positions; ++p)
-        for_vectors<T>(block.channels, [&](auto access) {
+        sweep_row<T>(block.channels, [&](auto access) {
             write_rows<silu, 1>(block, out + p * block.stride, x + p * block.stride, access);
         });
 }
@@ -245,8 +245,11 @@ Index choose_groups(const Arguments& a, Index element_bytes) {
     groups = (groups + unit - 1) / unit * unit;
     if (groups * group_bytes * a.positions > kCacheBytes) groups = a.groups;
     const Index wanted = a.threads > 1 ? 2 * a.threads : 1;
-    while (groups > unit && a.batch * ((a.groups + groups - 1) / groups) < wanted)
-        groups = (groups / 2 + unit - 1) / unit * unit;
+    while (groups > unit && a.batch * ((a.groups + groups - 1) / groups) < wanted) {
+        const Index half = (groups / 2 + unit - 1) / unit * unit;
+        if (half == groups) break;
+        groups = half;
+    }
     return groups < a.groups ? groups : a.groups;
 }
 

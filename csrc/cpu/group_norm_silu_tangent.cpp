@@ -26,8 +26,12 @@ constexpr int kSumRows = 8;
 constexpr int kWriteRows = 4;
 constexpr Index kFlushRows = 16 * kSumRows;
 
-// What a sweep does with the scale: computes it, computes and keeps it, or reads what was kept.
-enum class Scale { compute, keep, read };
+// What a sweep does with the scale: computes it, computes and keeps it, reads what was kept, or computes it while
+// memory is waited for, in rows that are fetched ahead as no cache holds their block.
+enum class Scale { compute, keep, read, compute_afar };
+
+// How many rows ahead.
+constexpr Index kRowsAhead = 8;
 
 // What the sums of a group come to: the mean of v, and that of v xhat times rstd, as x - mean lacks it.
 template <class T>
@@ -61,16 +65,22 @@ struct Mode {
     static constexpr Scale value = mode;
 };
 
+// Whether the results of this storage type may be stored past the cache.
+template <class S>
+constexpr bool kStreams = false;
+template <>
+constexpr bool kStreams<float> = kCanStream;
+
 template <bool silu, class Sweep>
 inline void with_mode(Scale mode, Sweep sweep) {
-    if constexpr (!silu)
-        sweep(Mode<Scale::compute>{});
-    else if (mode == Scale::compute)
+    if (mode == Scale::compute_afar)
+        sweep(Mode<Scale::compute_afar>{});
+    else if (!silu || mode == Scale::compute)
         sweep(Mode<Scale::compute>{});
     else if (mode == Scale::keep)
-        sweep(Mode<Scale::keep>{});
+        sweep(Mode<silu ? Scale::keep : Scale::compute>{});
     else
-        sweep(Mode<Scale::read>{});
+        sweep(Mode<silu ? Scale::read : Scale::compute>{});
 }
 
 // ---- Positions fastest: a group is one run of its channels. ----
@@ -97,7 +107,8 @@ struct Totals {
 
 // Adds v and v (x - mean), for cotangents scale v and scale v (x - mean), to the totals of each vector of a tile.
 template <bool adjoint, bool silu, Scale mode, int tile, class S, class T>
-void run_sums(Totals<T>* totals, const S* const* vectors, const S* x, T* kept, Index size, const Channel<T>& channel) {
+__attribute__((noinline)) void run_sums(Totals<T>* totals, const S* const* vectors, const S* x, T* kept, Index size,
+                                        const Channel<T>& channel) {
     Vec<T> sum[tile][kStrip] = {}, product[tile][kStrip] = {};
     const S* v[tile];
     for (int t = 0; t < tile; ++t) v[t] = vectors[t];
@@ -134,8 +145,8 @@ void run_sums(Totals<T>* totals, const S* const* vectors, const S* x, T* kept, I
 }
 
 template <bool adjoint, bool silu, Scale mode, bool streaming, int tile, class S, class T>
-void run_write(S* const* results, const S* const* vectors, const S* x, T* kept, Index size, const Channel<T>& channel,
-               const Means<T>* means) {
+__attribute__((noinline)) void run_write(S* const* results, const S* const* vectors, const S* x, T* kept, Index size,
+                                         const Channel<T>& channel, const Means<T>* means) {
     Vec<T> offset[tile], slope[tile];
     const S* v[tile];
     S* out[tile];
@@ -145,7 +156,7 @@ void run_write(S* const* results, const S* const* vectors, const S* x, T* kept, 
         v[t] = vectors[t];
         out[t] = results[t];
     }
-    for_vectors<T>(size, [&](auto access) {
+    sweep_row<T>(size, [&](auto access) {
         const Vec<T> centred = access.read(x) - channel.mean;
         const Vec<T> scale = scale_at<silu, mode, T>(access, kept, centred, channel.gain, channel.bias);
 #pragma GCC unroll 2
@@ -191,6 +202,15 @@ struct Block {
     }
 };
 
+template <Scale mode, int tile, class S, class Access>
+inline void fetch_ahead(const S* const (&v)[tile], const S* x, Index row, Index stride, Access access) {
+    if constexpr (mode == Scale::compute_afar) {
+        const Index far = row + kRowsAhead * stride + access.at;
+        __builtin_prefetch(x + far);
+        for (int t = 0; t < tile; ++t) __builtin_prefetch(v[t] + far);
+    }
+}
+
 template <bool adjoint, bool silu, Scale mode, int tile, int rows, class S, class T, class Access>
 inline void add_rows(const Block<T>& block, const S* const (&v)[tile], const S* x, Index position, Access access) {
     const Vec<T> mean = access.read(block.mean);
@@ -199,9 +219,10 @@ inline void add_rows(const Block<T>& block, const S* const (&v)[tile], const S* 
         gain = access.read(block.gain);
         if constexpr (silu && mode != Scale::read) bias = access.read(block.bias);
     }
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         const Index row = (position + r) * block.stride;
+        fetch_ahead<mode, tile>(v, x, row, block.stride, access);
         const Vec<T> centred = access.read(x + row) - mean;
         Vec<T> scale{};
         if constexpr (adjoint)
@@ -223,7 +244,7 @@ inline void add_rows(const Block<T>& block, const S* const (&v)[tile], const S* 
 }
 
 template <bool adjoint, bool silu, Scale mode, int tile, class S, class T>
-void rows_sums(const Block<T>& block, const S* const* vectors, const S* x) {
+__attribute__((noinline)) void rows_sums(const Block<T>& block, const S* const* vectors, const S* x) {
     const S* v[tile];
     for (int t = 0; t < tile; ++t) v[t] = vectors[t];
     for (Index i = 0; i < tile * block.channels; ++i) block.sums[i] = block.products[i] = 0;
@@ -231,11 +252,11 @@ void rows_sums(const Block<T>& block, const S* const* vectors, const S* x) {
         const Index end = p + kFlushRows < block.positions ? p + kFlushRows : block.positions;
         for (Index i = 0; i < tile * block.channels; ++i) block.sum[i] = block.product[i] = 0;
         for (; p + kSumRows <= end; p += kSumRows)
-            for_vectors<T>(block.channels,
-                           [&](auto access) { add_rows<adjoint, silu, mode, tile, kSumRows>(block, v, x, p, access); });
+            sweep_row<T>(block.channels,
+                         [&](auto access) { add_rows<adjoint, silu, mode, tile, kSumRows>(block, v, x, p, access); });
         for (; p < end; ++p)
-            for_vectors<T>(block.channels,
-                           [&](auto access) { add_rows<adjoint, silu, mode, tile, 1>(block, v, x, p, access); });
+            sweep_row<T>(block.channels,
+                         [&](auto access) { add_rows<adjoint, silu, mode, tile, 1>(block, v, x, p, access); });
         for (Index i = 0; i < tile * block.channels; ++i) {
             block.sums[i] += static_cast<double>(block.sum[i]);
             block.products[i] += static_cast<double>(block.product[i]);
@@ -256,6 +277,7 @@ inline void write_rows(const Block<T>& block, S* const (&out)[tile], const S* co
 #pragma GCC unroll 4
     for (int r = 0; r < rows; ++r) {
         const Index row = (position + r) * block.stride;
+        fetch_ahead<mode, tile>(v, x, row, block.stride, access);
         const Vec<T> centred = access.read(x + row) - mean;
         const Vec<T> scale =
             scale_at<silu, mode, T>(access, block.kept + (position + r) * block.channels, centred, gain, bias);
@@ -271,7 +293,8 @@ inline void write_rows(const Block<T>& block, S* const (&out)[tile], const S* co
 }
 
 template <bool adjoint, bool silu, Scale mode, bool streaming, int tile, class S, class T>
-void rows_write(const Block<T>& block, S* const* results, const S* const* vectors, const S* x) {
+__attribute__((noinline)) void rows_write(const Block<T>& block, S* const* results, const S* const* vectors,
+                                          const S* x) {
     const S* v[tile];
     S* out[tile];
     for (int t = 0; t < tile; ++t) {
@@ -280,11 +303,11 @@ void rows_write(const Block<T>& block, S* const* results, const S* const* vector
     }
     Index p = 0;
     for (; p + kWriteRows <= block.positions; p += kWriteRows)
-        for_vectors<T>(block.channels, [&](auto access) {
+        sweep_row<T>(block.channels, [&](auto access) {
             write_rows<adjoint, silu, mode, streaming, tile, kWriteRows>(block, out, v, x, p, access);
         });
     for (; p < block.positions; ++p)
-        for_vectors<T>(block.channels, [&](auto access) {
+        sweep_row<T>(block.channels, [&](auto access) {
             write_rows<adjoint, silu, mode, streaming, tile, 1>(block, out, v, x, p, access);
         });
 }
@@ -295,7 +318,8 @@ struct Work {
     const Arguments& arguments;
     const Scratch& scratch;
     Index groups_per_block, blocks, tiles, splits;  // splits: ranges of the tiles
-    bool streaming;
+    bool afar;                                      // whether no cache holds a channels-last block
+    bool streaming;                                 // whether results are stored past the cache
 };
 
 template <class T>
@@ -309,9 +333,9 @@ struct Task {
     using T = Compute<S>;
     const Arguments& a;
     Index sample, first_group, groups, per_group, size, start, first, last;
-    bool streaming;
+    bool afar, streaming;
 
-    Task(const Work& work, Index task) : a(work.arguments), streaming(work.streaming) {
+    Task(const Work& work, Index task) : a(work.arguments), afar(work.afar), streaming(work.streaming) {
         const Index split = task % work.splits, part = task / work.splits;
         sample = part / work.blocks;
         first_group = part % work.blocks * work.groups_per_block;
@@ -343,7 +367,10 @@ struct Task {
                 v[t] = at<S>(a.vectors, (k + t) * a.vector_count_stride + sample * a.vector_batch_stride + start);
                 out[t] = static_cast<S*>(a.out) + (k + t) * a.out_count_stride + sample * a.out_batch_stride + start;
             }
-            const Scale mode = k > first ? Scale::read : k + kTile < last ? Scale::keep : Scale::compute;
+            const Scale mode = afar               ? Scale::compute_afar
+                               : k > first        ? Scale::read
+                               : k + kTile < last ? Scale::keep
+                                                  : Scale::compute;
             if (k + kTile <= last)
                 run(Size<kTile>{}, v, out, mode);
             else
@@ -365,7 +392,7 @@ inline Scale mode_of_sums(Scale mode) {
 
 template <bool adjoint>
 inline Scale mode_of_write(Scale mode) {
-    return adjoint ? Scale::read : mode;
+    return adjoint && mode != Scale::compute_afar ? Scale::read : mode;
 }
 
 template <bool adjoint, bool silu, class S>
@@ -403,15 +430,15 @@ void do_run(const Task<S>& task, Compute<S>* kept) {
                 });
             });
         } else {
-            run_sums<adjoint, silu, Scale::read, tile>(totals, v, x, kept, task.size, channel(0));
+            run_sums<false, false, Scale::compute, tile>(totals, v, x, kept, task.size, channel(0));
         }
         const Means<T> means[kTile] = {totals[0].means(task.size, rstd), totals[tile - 1].means(task.size, rstd)};
         with_mode<silu>(mode_of_write<adjoint>(mode), [&](auto chosen) {
             constexpr Scale how = decltype(chosen)::value;
             for_channels([&](const Channel<T>& now, Index begin, const S* const* from, S* const* to) {
-                if (task.streaming)
-                    run_write<adjoint, silu, how, true, tile>(to, from, x + begin, kept + begin, a.positions, now,
-                                                              means);
+                if (kStreams<S> && task.streaming)
+                    run_write<adjoint, silu, how, kStreams<S>, tile>(to, from, x + begin, kept + begin, a.positions,
+                                                                     now, means);
                 else
                     run_write<adjoint, silu, how, false, tile>(to, from, x + begin, kept + begin, a.positions, now,
                                                                means);
@@ -438,8 +465,10 @@ void do_rows(const Task<S>& task, void* memory) {
         if constexpr (adjoint)
             with_mode<silu>(mode_of_sums<adjoint>(mode),
                             [&](auto chosen) { rows_sums<adjoint, silu, decltype(chosen)::value, tile>(block, v, x); });
+        else if (task.afar)
+            rows_sums<false, false, Scale::compute_afar, tile>(block, v, x);
         else
-            rows_sums<adjoint, silu, Scale::read, tile>(block, v, x);
+            rows_sums<false, false, Scale::compute, tile>(block, v, x);
         for (Index begin = 0; begin < tile * block.channels; begin += task.per_group) {
             double sum = 0, product = 0;
             for (Index c = begin; c < begin + task.per_group; ++c) {
@@ -453,8 +482,8 @@ void do_rows(const Task<S>& task, void* memory) {
             }
         }
         with_mode<silu>(mode_of_write<adjoint>(mode), [&](auto chosen) {
-            if (task.streaming)
-                rows_write<adjoint, silu, decltype(chosen)::value, true, tile>(block, out, v, x);
+            if (kStreams<S> && task.streaming)
+                rows_write<adjoint, silu, decltype(chosen)::value, kStreams<S>, tile>(block, out, v, x);
             else
                 rows_write<adjoint, silu, decltype(chosen)::value, false, tile>(block, out, v, x);
         });
@@ -487,25 +516,36 @@ constexpr Index kTasksPerThread = 4;
 
 constexpr Index kLineBytes = 64;
 
-// Groups of a channels-last block: whole cache lines, as few as fit the cache or else all that a row holds.
-Index choose_groups(const Arguments& a, Index element_bytes, Index vectors) {
-    const Index group_bytes = a.channels / a.groups * element_bytes;
-    Index unit = 1;  // groups that end at a line's end
-    while (unit < a.groups && unit * group_bytes % kLineBytes != 0) ++unit;
-    Index groups = (kBlockBytes + group_bytes - 1) / group_bytes;
-    groups = (groups + unit - 1) / unit * unit;
-    const Index kept = 2 + (vectors < kTile ? vectors : kTile);
-    if (groups * group_bytes * a.positions * kept > kCacheBytes) groups = a.groups;
-    const Index wanted = a.threads > 1 ? 2 * a.threads : 1;
-    while (groups > unit && a.batch * ((a.groups + groups - 1) / groups) < wanted)
-        groups = (groups / 2 + unit - 1) / unit * unit;
-    return groups < a.groups ? groups : a.groups;
-}
+// How the groups of a channels-last sample are taken together: whole cache lines, as few as fit the cache or else, far
+// from it, all that a row holds.
+struct Blocking {
+    Index groups;
+    bool afar;
+
+    Blocking(const Arguments& a, Index element_bytes) {
+        const Index group_bytes = a.channels / a.groups * element_bytes;
+        Index unit = 1;  // groups that end at a line's end
+        while (unit < a.groups && unit * group_bytes % kLineBytes != 0) ++unit;
+        const auto rounded = [&](Index number) { return (number + unit - 1) / unit * unit; };
+        groups = rounded((kBlockBytes + group_bytes - 1) / group_bytes);
+        if (groups > a.groups) groups = a.groups;
+        // x, the scale and a tile of vectors.
+        afar = groups * group_bytes * a.positions * (2 + (a.count < kTile ? a.count : kTile)) > kCacheBytes;
+        if (afar) groups = a.groups;
+        const Index wanted = a.threads > 1 ? 2 * a.threads : 1;
+        while (groups > unit && a.batch * ((a.groups + groups - 1) / groups) < wanted) {
+            const Index half = rounded(groups / 2);
+            if (half == groups) break;
+            groups = half;
+        }
+        if (groups > a.groups) groups = a.groups;
+    }
+};
 
 bool can_stream(const Arguments& a, Index element_bytes, Index groups_per_block) {
     const auto aligned = [&](Index elements) { return elements * element_bytes % kLineBytes == 0; };
     const Index block = groups_per_block * (a.channels / a.groups);
-    return kCanStream && a.count * a.batch * a.channels * a.positions * element_bytes > kStreamBytes &&
+    return a.count * a.batch * a.channels * a.positions * element_bytes > kStreamBytes &&
            reinterpret_cast<std::uintptr_t>(a.out) % kLineBytes == 0 && aligned(a.out_count_stride) &&
            aligned(a.out_batch_stride) &&
            (a.channels_last ? aligned(a.channels) && aligned(block) : aligned(a.positions));
@@ -515,7 +555,9 @@ template <bool adjoint, class S>
 void run(const Arguments& a) {
     using T = Compute<S>;
     const Index element_bytes = static_cast<Index>(sizeof(S)), per_group = a.channels / a.groups;
-    const Index groups_per_block = a.channels_last ? choose_groups(a, element_bytes, a.count) : 1;
+    const Blocking blocking(a, element_bytes);
+    const bool afar = a.channels_last && blocking.afar;
+    const Index groups_per_block = a.channels_last ? blocking.groups : 1;
     const Index blocks = (a.groups + groups_per_block - 1) / groups_per_block;
     const Index tiles = (a.count + kTile - 1) / kTile;
     Index splits = 1;
@@ -524,17 +566,12 @@ void run(const Arguments& a) {
         if (splits > tiles) splits = tiles;
     }
     const int threads = a.threads > 1 ? a.threads : 1;
-    const Index kept_positions = a.silu && (adjoint || a.count > kTile) ? a.positions : 0;
+    const Index kept_positions = a.silu && !afar && (adjoint || a.count > kTile) ? a.positions : 0;
     const Index channels = groups_per_block * per_group;
     const Scratch scratch(threads, a.channels_last ? Block<T>::bytes(channels, kept_positions)
                                                    : channels * kept_positions * static_cast<Index>(sizeof(T)));
-    const Work work{a,
-                    scratch,
-                    groups_per_block,
-                    blocks,
-                    tiles,
-                    splits,
-                    sizeof(S) > 2 && can_stream(a, element_bytes, groups_per_block)};
+    const bool streaming = kStreams<S> && can_stream(a, element_bytes, groups_per_block);
+    const Work work{a, scratch, groups_per_block, blocks, tiles, splits, afar, streaming};
     parallel_for(a.batch * blocks * splits, threads, a.silu ? do_task<adjoint, true, S> : do_task<adjoint, false, S>,
                  &work);
 }

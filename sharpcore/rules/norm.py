@@ -13,7 +13,9 @@ from sharpcore.rules import Call, LinearMap, aten, rule
 
 class GroupNormSilu(LinearMap):
     """GroupNorm, followed by SiLU or not: one pass over K tangents, from the primal input and its
-    statistics."""
+    statistics. Weight and bias are [C], or [B, C] where they come from a scale and a shift of each sample."""
+
+    writes_jvp = writes_vjp = True
 
     def __init__(
         self,
@@ -29,15 +31,32 @@ class GroupNormSilu(LinearMap):
         self.groups = groups
         self.silu = silu
 
-    def _apply(self, kernel: Any, tangent: Tensor) -> Tensor:
-        return kernel(tangent, self.x, self.mean, self.rstd, self.weight, self.bias, self.groups, self.silu)
+    def _apply(self, kernel: Any, vectors: Tensor, out: Tensor | None) -> Tensor:
+        return kernel(
+            vectors,
+            self.x,
+            self.mean,
+            self.rstd,
+            self.weight,
+            self.bias,
+            self.groups,
+            self.silu,
+            out=out,
+        )
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (self._apply(kernels.group_norm_silu_tangent, tangents[0]),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (self._apply(kernels.group_norm_silu_tangent, tangents[0], out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else self._apply(kernels.group_norm_silu_adjoint, cotangent),)
+        if cotangent is None:
+            return (None,)
+        return (self._apply(kernels.group_norm_silu_adjoint, cotangent, None if out is None else out[0]),)
 
 
 def group_norm_silu(
@@ -123,21 +142,31 @@ def pad_shape(operand: Tensor, ndim: int) -> torch.Size:
 
 
 class LayerNorm(LinearMap):
-    """LayerNorm over trailing axes: one pass over K tangents, from the primal input and its statistics."""
+    """LayerNorm over trailing axes: one pass over K tangents, from the primal input and its statistics. The
+    weight has the normalized shape, or [B, 1, ..., 1, *normalized] where each sample has its own."""
+
+    writes_jvp = writes_vjp = True
 
     def __init__(self, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int) -> None:
         self.x, self.mean, self.rstd, self.weight = x, mean, rstd, weight
         self.axes = axes
 
-    def _apply(self, kernel: Any, tangent: Tensor) -> Tensor:
-        return kernel(tangent, self.x, self.mean, self.rstd, self.weight, self.axes)
+    def _apply(self, kernel: Any, vectors: Tensor, out: Tensor | None) -> Tensor:
+        return kernel(vectors, self.x, self.mean, self.rstd, self.weight, self.axes, out=out)
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (self._apply(kernels.layer_norm_tangent, tangents[0]),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (self._apply(kernels.layer_norm_tangent, tangents[0], out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else self._apply(kernels.layer_norm_adjoint, cotangent),)
+        if cotangent is None:
+            return (None,)
+        return (self._apply(kernels.layer_norm_adjoint, cotangent, None if out is None else out[0]),)
 
 
 @rule(aten.native_layer_norm.default)

@@ -19,23 +19,34 @@ struct WholeVector {
     }
 };
 
+// Out of line, as they are rare and long.
+template <class S>
+__attribute__((noinline)) Vec<Compute<S>> read_part(const S* from, std::int64_t count) {
+    return load_partial(from, count);
+}
+
+template <class S>
+__attribute__((noinline)) void write_part(S* to, Vec<Compute<S>> vector, std::int64_t count) {
+    store_partial(to, vector, count);
+}
+
 // The first `count` entries of a vector; the others are read as zero and not written.
 struct PartOfVector {
     std::int64_t at, count;
 
     template <class S>
     auto read(const S* row) const {
-        return load_partial(row + at, count);
+        return read_part(row + at, count);
     }
     template <class S, class V>
     void write(S* row, V vector) const {
-        store_partial(row + at, vector, count);
+        write_part(row + at, vector, count);
     }
 };
 
 // Calls piece(WholeVector or PartOfVector) until all of `size` numbers that are computed with in T are covered.
 template <class T, class Piece>
-inline void for_vectors(std::int64_t size, Piece piece) {
+inline void sweep_row(std::int64_t size, Piece piece) {
     std::int64_t i = 0;
     for (; i + kLanes<T> <= size; i += kLanes<T>) piece(WholeVector{i});
     if (i < size) piece(PartOfVector{i, size - i});
@@ -56,26 +67,13 @@ inline void stream(float* to, Vec<float> vector) {
 #endif
 }
 
-inline void stream(double* to, Vec<double> vector) {
-#if defined(__AVX512F__)
-    __builtin_ia32_movntpd512(to, vector);
-#elif defined(__AVX2__)
-    __builtin_ia32_movntpd256(to, vector);
-#else
-    __builtin_ia32_movntpd(to, vector);
-#endif
-}
-
 inline void stream_fence() { __builtin_ia32_sfence(); }
 #else
 constexpr bool kCanStream = false;
 
 inline void stream(float* to, Vec<float> vector) { store(to, vector); }
-inline void stream(double* to, Vec<double> vector) { store(to, vector); }
 inline void stream_fence() {}
 #endif
-
-inline void stream(bfloat16* to, Vec<float> vector) { store(to, vector); }
 
 // Adds the lanes of `partial` to those of `totals`, exactly where T is float.
 template <class T>

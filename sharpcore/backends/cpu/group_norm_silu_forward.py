@@ -8,14 +8,20 @@ from torch import Tensor
 from sharpcore.backends import reference
 from sharpcore.backends.cpu.group_norm_silu_tangent import (
     check_group_norm,
-    choose_layout,
     empty,
-    kernel_for,
     lay_out,
     lies,
     sample_stride,
+    widen,
 )
-from sharpcore.backends.cpu.layout import dtype_code, is_apart
+from sharpcore.backends.cpu.layout import (
+    computable,
+    dtype_code,
+    is_apart,
+    is_channels_first,
+    is_channels_last,
+)
+from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.output import check_out, deliver
 
 
@@ -31,16 +37,23 @@ def group_norm_silu_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As its namesake in sharpcore.backends.reference; y lies channels-first or channels-last as x does, and
     `out` is written without a copy where it lies so, too."""
-    tensors = [x] if out is None else [x, out]
-    native, (weight, bias) = kernel_for(tensors, (weight, bias))
-    if native is None:
-        return reference.group_norm_silu_forward(x, weight, bias, groups, eps, silu, out=out)
+    if x.dtype == torch.bfloat16:
+        weight, bias = widen(weight), widen(bias)
+    statistics = [t for t in (weight, bias) if t is not None]
+    native = extension()
+    if native is None or not computable([x] if out is None else [x, out], statistics):
+        forward = reference.KERNELS["group_norm_silu_forward"]
+        return forward(x, weight, bias, groups, eps, silu, out=out)
     check_group_norm(x, weight, bias, groups)
     check_out(out, x.shape, x.dtype)
     batch, channels = x.shape[:2]
 
-    channels_last = choose_layout([t[None] for t in tensors])
+    channels_last = is_channels_last(x[None])
+    if channels_last and out is not None and is_channels_first(x[None]):  # one channel or one position
+        channels_last = is_channels_last(out[None])
     x = lay_out(x[None], channels_last)[0]
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     direct = out is not None and lies(out[None], channels_last) and is_apart(out, 1)
     y: Tensor = out if direct else empty(x[None], channels_last)[0]  # type: ignore[assignment]
     dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -70,11 +68,12 @@ def _group_norm_silu(
     silu: bool,
     out: Tensor | None,
 ) -> Tensor:
-    tensors = [vectors, x] if out is None else [vectors, x, out]
-    native, given = kernel_for(tensors, (mean, rstd, weight, bias))
-    if native is None:
+    if vectors.dtype == torch.bfloat16:
+        mean, rstd, weight, bias = map(widen, (mean, rstd, weight, bias))  # type: ignore[assignment]
+    statistics = [t for t in (mean, rstd, weight, bias) if t is not None]
+    native = extension()
+    if native is None or not computable([vectors, x] if out is None else [vectors, x, out], statistics):
         return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, bias, groups, silu, out=out)
-    mean, rstd, weight, bias = given  # type: ignore[assignment]
     if vectors.shape[1:] != x.shape:
         raise InvalidInput(
             f"tangent: expected shape [K, *x.shape] = [K, *{list(x.shape)}], got {list(vectors.shape)}"
@@ -86,10 +85,15 @@ def _group_norm_silu(
             raise InvalidInput(f"{name}: expected shape {[batch, groups]}, got {list(statistic.shape)}")
     check_out(out, vectors.shape, vectors.dtype)
 
-    channels_last = choose_layout(tensors)
+    channels_last = is_channels_last(vectors)
+    if channels_last and is_channels_first(vectors):  # one channel or one position
+        channels_last = is_channels_last(x[None] if out is None else out)
     vectors, x = lay_out(vectors, channels_last), lay_out(x[None], channels_last)[0]
     direct = out is not None and lies(out, channels_last) and is_apart(out, 2)
     result: Tensor = out if direct else empty(vectors, channels_last)  # type: ignore[assignment]
+    mean, rstd = mean.contiguous(), rstd.contiguous()
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if result.numel():
         getattr(native, kernel)(
             out=result.data_ptr(),
@@ -117,18 +121,9 @@ def _group_norm_silu(
     return deliver(result, out)
 
 
-def kernel_for(
-    tensors: list[Tensor], statistics: tuple[Tensor | None, ...]
-) -> tuple[ModuleType | None, tuple[Tensor | None, ...]]:
-    """The compiled module, None where it does not take these; the statistics without gaps, in float32 if they
-    come in bfloat16."""
-    native = extension()
-    statistics = tuple(
-        t.float() if t is not None and t.dtype == tensors[0].dtype == torch.bfloat16 else t for t in statistics
-    )
-    if native is None or not computable(tensors, [t for t in statistics if t is not None]):
-        return None, statistics
-    return native, tuple(None if t is None else t.contiguous() for t in statistics)
+def widen(parameter: Tensor | None) -> Tensor | None:
+    """What comes in bfloat16, in float32."""
+    return parameter.float() if parameter is not None and parameter.dtype == torch.bfloat16 else parameter
 
 
 def check_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, groups: int) -> None:
@@ -149,17 +144,6 @@ def check_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, grou
 def lies(vectors: Tensor, channels_last: bool) -> bool:
     """Whether [K, B, C, *spatial] has one of the two layouts."""
     return is_channels_last(vectors) if channels_last else is_channels_first(vectors)
-
-
-def choose_layout(tensors: list[Tensor]) -> bool:
-    """Whether to work channels-last: the layout that most tensors have, in the order of their number; with
-    one position or one channel they may have both."""
-    grouped = [t if t.ndim == tensors[0].ndim else t[None] for t in tensors]
-    for number in range(len(grouped), 0, -1):
-        for channels_last in (True, False):
-            if all(lies(t, channels_last) for t in grouped[:number]):
-                return channels_last
-    return False
 
 
 def lay_out(vectors: Tensor, channels_last: bool) -> Tensor:

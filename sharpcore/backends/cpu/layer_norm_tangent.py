@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
+from sharpcore.backends.cpu.group_norm_silu_tangent import widen
 from sharpcore.backends.cpu.layout import computable, dense_each, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.output import check_out, deliver
@@ -53,9 +54,7 @@ def _layer_norm(
     out: Tensor | None,
 ) -> Tensor:
     if vectors.dtype == torch.bfloat16:
-        mean, rstd, weight = (
-            t.float() if t is not None and t.dtype == torch.bfloat16 else t for t in (mean, rstd, weight)
-        )  # type: ignore[assignment]
+        mean, rstd, weight = map(widen, (mean, rstd, weight))  # type: ignore[assignment]
     statistics = [mean, rstd] if weight is None else [mean, rstd, weight]
     native = extension()
     if native is None or not computable([vectors, x] if out is None else [vectors, x, out], statistics):

@@ -11,7 +11,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> bool:
-    """Whether the C++ kernels take these: one supported dtype, that of the statistics the same (float32 beside
+    """Whether the C++ kernels take these: one supported dtype, the statistics' the same (float32 beside
     bfloat16), CPU memory, nothing for autograd to record."""
     dtype = tensors[0].dtype
     statistics_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
