@@ -166,7 +166,7 @@ def test_reference_is_the_derivative(
 )
 @each_shape
 @each_silu
-@each_affine
+@pytest.mark.parametrize("affine", [(True, True), (False, False)], ids=["wb", "none"])
 @each_layout
 def test_adjoint_is_the_transpose(
     backend: object, shape: Shape, silu: bool, affine: tuple[bool, bool], channels_last: bool

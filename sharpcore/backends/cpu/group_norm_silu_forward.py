@@ -14,13 +14,7 @@ from sharpcore.backends.cpu.group_norm_silu_tangent import (
     sample_stride,
     widen,
 )
-from sharpcore.backends.cpu.layout import (
-    computable,
-    dtype_code,
-    is_apart,
-    is_channels_first,
-    is_channels_last,
-)
+from sharpcore.backends.cpu.layout import computable, dtype_code, is_apart
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.output import check_out, deliver
 
@@ -48,14 +42,15 @@ def group_norm_silu_forward(
     check_out(out, x.shape, x.dtype)
     batch, channels = x.shape[:2]
 
-    channels_last = is_channels_last(x[None])
-    if channels_last and out is not None and is_channels_first(x[None]):  # one channel or one position
-        channels_last = is_channels_last(out[None])
-    x = lay_out(x[None], channels_last)[0]
+    positions = x.shape[2:].numel()
+    channels_last = lies(x, 1, True)
+    if channels_last and out is not None and (positions == 1 or channels == 1):  # it also lies channels-first
+        channels_last = lies(out, 1, True)
+    x = lay_out(x, 1, channels_last)
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    direct = out is not None and lies(out[None], channels_last) and is_apart(out, 1)
-    y: Tensor = out if direct else empty(x[None], channels_last)[0]  # type: ignore[assignment]
+    direct = out is not None and lies(out, 1, channels_last) and is_apart(out, 1)
+    y: Tensor = out if direct else empty(x, 1, channels_last)  # type: ignore[assignment]
     dtype = torch.float32 if x.dtype == torch.bfloat16 else x.dtype
     mean, rstd = (x.new_empty((batch, groups), dtype=dtype) for _ in range(2))
     if y.numel() == 0:
@@ -71,7 +66,7 @@ def group_norm_silu_forward(
         eps=eps,
         batch=batch,
         channels=channels,
-        positions=x.shape[2:].numel(),
+        positions=positions,
         groups=groups,
         out_stride=y.stride(0),
         x_stride=x.stride(0),

@@ -6,13 +6,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import (
-    computable,
-    dtype_code,
-    is_apart,
-    is_channels_first,
-    is_channels_last,
-)
+from sharpcore.backends.cpu.layout import computable, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
@@ -85,12 +79,13 @@ def _group_norm_silu(
             raise InvalidInput(f"{name}: expected shape {[batch, groups]}, got {list(statistic.shape)}")
     check_out(out, vectors.shape, vectors.dtype)
 
-    channels_last = is_channels_last(vectors)
-    if channels_last and is_channels_first(vectors):  # one channel or one position
-        channels_last = is_channels_last(x[None] if out is None else out)
-    vectors, x = lay_out(vectors, channels_last), lay_out(x[None], channels_last)[0]
-    direct = out is not None and lies(out, channels_last) and is_apart(out, 2)
-    result: Tensor = out if direct else empty(vectors, channels_last)  # type: ignore[assignment]
+    positions = vectors.shape[3:].numel()
+    channels_last = lies(vectors, 2, True)
+    if channels_last and (positions == 1 or channels == 1):  # it also lies channels-first
+        channels_last = lies(x, 1, True) if out is None else lies(out, 2, True)
+    vectors, x = lay_out(vectors, 2, channels_last), lay_out(x, 1, channels_last)
+    direct = out is not None and lies(out, 2, channels_last) and is_apart(out, 2)
+    result: Tensor = out if direct else empty(vectors, 2, channels_last)  # type: ignore[assignment]
     mean, rstd = mean.contiguous(), rstd.contiguous()
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -107,7 +102,7 @@ def _group_norm_silu(
             count=count,
             batch=batch,
             channels=channels,
-            positions=vectors.shape[3:].numel(),
+            positions=positions,
             groups=groups,
             out_strides=result.stride()[:2],
             vector_strides=vectors.stride()[:2],
@@ -141,24 +136,30 @@ def check_group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, grou
             )
 
 
-def lies(vectors: Tensor, channels_last: bool) -> bool:
-    """Whether [K, B, C, *spatial] has one of the two layouts."""
-    return is_channels_last(vectors) if channels_last else is_channels_first(vectors)
-
-
-def lay_out(vectors: Tensor, channels_last: bool) -> Tensor:
-    """[K, B, C, *spatial] in one of the two layouts, a copy where it has not got it."""
-    if lies(vectors, channels_last):
-        return vectors
-    return vectors.movedim(2, -1).contiguous().movedim(-1, 2) if channels_last else vectors.contiguous()
-
-
-def empty(vectors: Tensor, channels_last: bool) -> Tensor:
-    """New memory for [K, B, C, *spatial] in one of the two layouts."""
-    count, batch, channels, *spatial = vectors.shape
+def lies(tensor: Tensor, leading: int, channels_last: bool) -> bool:
+    """Whether [C, *spatial], behind the leading axes, lies in memory without gaps: in this order, or as
+    [*spatial, C]."""
+    shape, stride = tensor.shape[leading:], tensor.stride()[leading:]
     if channels_last:
-        return vectors.new_empty((count, batch, *spatial, channels)).movedim(-1, 2)
-    return vectors.new_empty(vectors.shape)
+        return is_dense((*shape[1:], shape[0]), (*stride[1:], stride[0]))
+    return is_dense(shape, stride)
+
+
+def lay_out(tensor: Tensor, leading: int, channels_last: bool) -> Tensor:
+    """The tensor in one of the two layouts, a copy where it has not got it."""
+    if lies(tensor, leading, channels_last):
+        return tensor
+    if channels_last:
+        return tensor.movedim(leading, -1).contiguous().movedim(-1, leading)
+    return tensor.contiguous()
+
+
+def empty(tensor: Tensor, leading: int, channels_last: bool) -> Tensor:
+    """New memory of a tensor's shape in one of the two layouts."""
+    if not channels_last:
+        return tensor.new_empty(tensor.shape)
+    shape = tensor.shape
+    return tensor.new_empty((*shape[:leading], *shape[leading + 1 :], shape[leading])).movedim(-1, leading)
 
 
 def sample_stride(parameter: Tensor | None) -> int:

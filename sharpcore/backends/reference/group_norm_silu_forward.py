@@ -42,7 +42,7 @@ def group_norm_silu_forward(
     """
     compute = torch.promote_types(x.dtype, torch.float32)
     batch, channels = x.shape[:2]
-    grouped = x.to(compute).reshape(batch, groups, channels // groups, -1)
+    grouped = x.to(compute).reshape(batch, groups, channels // groups, x.shape[2:].numel())
     variance, mean = torch.var_mean(grouped, dim=(-2, -1), correction=0)
     rstd = (variance + eps).rsqrt()
     y = (grouped - mean[:, :, None, None]) * rstd[:, :, None, None]
