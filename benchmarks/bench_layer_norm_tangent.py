@@ -57,6 +57,7 @@ def test_layer_norm_tangent(table: Any, benchmark: Any, tokens: int, channels: i
         lambda: cpu.layer_norm_tangent(image, *arguments[1:], 1),
         error=error,
     )
+    table.add("cpu kernel, mapped memory", lambda: cpu.layer_norm_tangent(*arguments, 1, out=target))
     table.add("cpu kernel, adjoint", lambda: cpu.layer_norm_adjoint(*arguments, 1))
     table.add("reference", lambda: reference.layer_norm_tangent(*arguments, 1), error=error)
     table.add("torch.func.jvp", jvp, error=error)

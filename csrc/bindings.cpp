@@ -11,6 +11,7 @@
 #include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
 #include "sharpcore/geglu_tangent.h"
+#include "sharpcore/group_norm_silu_forward.h"
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
@@ -24,13 +25,15 @@ namespace {
 using Address = std::uintptr_t;
 using Strides = std::pair<std::int64_t, std::int64_t>;
 
+void* pointer(Address address) { return reinterpret_cast<void*>(address); }
+
 sharpcore::GroupNormSiluArguments group_norm_arguments(Address out, Address vectors, Address x, Address mean,
-                                                       Address rstd, Address weight, Address bias, bool float64,
+                                                       Address rstd, Address weight, Address bias, int dtype,
                                                        std::int64_t count, std::int64_t batch, std::int64_t channels,
                                                        std::int64_t positions, std::int64_t groups, Strides out_strides,
                                                        Strides vector_strides, std::int64_t x_stride,
+                                                       std::int64_t weight_stride, std::int64_t bias_stride,
                                                        bool channels_last, bool silu, int threads) {
-    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
     return {pointer(out),
             pointer(vectors),
             pointer(x),
@@ -38,7 +41,7 @@ sharpcore::GroupNormSiluArguments group_norm_arguments(Address out, Address vect
             pointer(rstd),
             pointer(weight),
             pointer(bias),
-            float64,
+            static_cast<sharpcore::Dtype>(dtype),
             count,
             batch,
             channels,
@@ -49,37 +52,66 @@ sharpcore::GroupNormSiluArguments group_norm_arguments(Address out, Address vect
             vector_strides.first,
             vector_strides.second,
             x_stride,
+            weight_stride,
+            bias_stride,
+            channels_last,
+            silu,
+            threads};
+}
+
+sharpcore::GroupNormSiluForwardArguments group_norm_forward_arguments(
+    Address out, Address mean, Address rstd, Address x, Address weight, Address bias, int dtype, double eps,
+    std::int64_t batch, std::int64_t channels, std::int64_t positions, std::int64_t groups, std::int64_t out_stride,
+    std::int64_t x_stride, std::int64_t weight_stride, std::int64_t bias_stride, bool channels_last, bool silu,
+    int threads) {
+    return {pointer(out),
+            pointer(mean),
+            pointer(rstd),
+            pointer(x),
+            pointer(weight),
+            pointer(bias),
+            static_cast<sharpcore::Dtype>(dtype),
+            eps,
+            batch,
+            channels,
+            positions,
+            groups,
+            out_stride,
+            x_stride,
+            weight_stride,
+            bias_stride,
             channels_last,
             silu,
             threads};
 }
 
 sharpcore::LayerNormArguments layer_norm_arguments(Address out, Address vectors, Address x, Address mean, Address rstd,
-                                                   Address weight, bool float64, bool columns, std::int64_t count,
+                                                   Address weight, int dtype, bool columns, std::int64_t count,
                                                    std::int64_t batch, std::int64_t rows, std::int64_t size,
-                                                   Strides vector_strides, int threads) {
-    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
+                                                   std::int64_t out_stride, Strides vector_strides,
+                                                   std::int64_t weight_stride, int threads) {
     return {pointer(out),
             pointer(vectors),
             pointer(x),
             pointer(mean),
             pointer(rstd),
             pointer(weight),
-            float64,
+            static_cast<sharpcore::Dtype>(dtype),
             columns,
             count,
             batch,
             rows,
             size,
+            out_stride,
             vector_strides.first,
             vector_strides.second,
+            weight_stride,
             threads};
 }
 
 sharpcore::GegluForwardArguments geglu_forward_arguments(Address value, Address factors, Address projection, int dtype,
                                                          bool tanh, std::int64_t rows, std::int64_t columns,
                                                          int threads) {
-    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
     return {pointer(value), pointer(factors), pointer(projection), static_cast<sharpcore::Dtype>(dtype), tanh, rows,
             columns,        threads};
 }
@@ -87,7 +119,6 @@ sharpcore::GegluForwardArguments geglu_forward_arguments(Address value, Address 
 sharpcore::GegluArguments geglu_arguments(Address out, Address vectors, Address factors, int dtype, std::int64_t count,
                                           std::int64_t rows, std::int64_t columns, std::int64_t out_stride,
                                           std::int64_t vector_stride, int threads) {
-    const auto pointer = [](Address address) { return reinterpret_cast<void*>(address); };
     return {
         pointer(out), pointer(vectors), pointer(factors), static_cast<sharpcore::Dtype>(dtype), count, rows, columns,
         out_stride,   vector_stride,    threads};
@@ -238,8 +269,8 @@ PYBIND11_MODULE(_C, module) {
 
     const auto define_group_norm = [&](const char* name, void (*kernel)(const sharpcore::GroupNormSiluArguments&)) {
         define_kernel(module, name, kernel, group_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",
-                      "bias", "float64", "count", "batch", "channels", "positions", "groups", "out_strides",
-                      "vector_strides", "x_stride", "channels_last", "silu", "threads");
+                      "bias", "dtype", "count", "batch", "channels", "positions", "groups", "out_strides",
+                      "vector_strides", "x_stride", "weight_stride", "bias_stride", "channels_last", "silu", "threads");
     };
     define_group_norm("group_norm_silu_tangent", [](const sharpcore::GroupNormSiluArguments& arguments) {
         SHARPCORE_CALL_KERNEL(group_norm_silu_tangent, arguments);
@@ -247,6 +278,14 @@ PYBIND11_MODULE(_C, module) {
     define_group_norm("group_norm_silu_adjoint", [](const sharpcore::GroupNormSiluArguments& arguments) {
         SHARPCORE_CALL_KERNEL(group_norm_silu_adjoint, arguments);
     });
+    define_kernel(module, "group_norm_silu_forward",
+                  static_cast<void (*)(const sharpcore::GroupNormSiluForwardArguments&)>(
+                      [](const sharpcore::GroupNormSiluForwardArguments& arguments) {
+                          SHARPCORE_CALL_KERNEL(group_norm_silu_forward, arguments);
+                      }),
+                  group_norm_forward_arguments, "out", "mean", "rstd", "x", "weight", "bias", "dtype", "eps", "batch",
+                  "channels", "positions", "groups", "out_stride", "x_stride", "weight_stride", "bias_stride",
+                  "channels_last", "silu", "threads");
     define_kernel(module, "attention_tangent",
                   static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
                       [](const sharpcore::AttentionTangentArguments& arguments) {
@@ -264,7 +303,8 @@ PYBIND11_MODULE(_C, module) {
 
     const auto define_layer_norm = [&](const char* name, void (*kernel)(const sharpcore::LayerNormArguments&)) {
         define_kernel(module, name, kernel, layer_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",
-                      "float64", "columns", "count", "batch", "rows", "size", "vector_strides", "threads");
+                      "dtype", "columns", "count", "batch", "rows", "size", "out_stride", "vector_strides",
+                      "weight_stride", "threads");
     };
     define_layer_norm("layer_norm_tangent", [](const sharpcore::LayerNormArguments& arguments) {
         SHARPCORE_CALL_KERNEL(layer_norm_tangent, arguments);

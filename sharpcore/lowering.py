@@ -14,7 +14,7 @@ from sharpcore.rules.attention import Attention
 from sharpcore.rules.linear import Convolution, Linear, MatrixProduct, pack, packable
 from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
-from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape
+from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape, UpsampleNearest
 
 PRECISIONS = ("float32", "bfloat16")
 
@@ -31,6 +31,7 @@ _FIXED = (
     Broadcast,
     ScalarScale,
     Cast,
+    UpsampleNearest,
 )
 # Maps whose arithmetic stays right when what they keep is rounded; the others take float32.
 _ROUND = (

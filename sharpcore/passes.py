@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +11,14 @@ from torch import Tensor
 from sharpcore.lowering import is_fixed
 from sharpcore.program import Node, Program, Ref, TangentStep
 from sharpcore.rules import Call, Identity, LinearMap, aten
-from sharpcore.rules.norm import GroupNormSilu, group_norm_silu
+from sharpcore.rules.norm import (
+    GroupNormSilu,
+    LayerNorm,
+    group_norm_scale_shift,
+    group_norm_silu,
+    layer_norm_scale,
+    pad_shape,
+)
 from sharpcore.rules.pointwise import geglu
 
 # Operations that give side results (statistics) beside their value; their maps speak of the first output
@@ -19,6 +26,8 @@ from sharpcore.rules.pointwise import geglu
 _FIRST_OUTPUT_ONLY = {
     "attention",
     group_norm_silu,
+    group_norm_scale_shift,
+    layer_norm_scale,
     aten.native_group_norm.default,
     aten.native_layer_norm.default,
 }
@@ -47,20 +56,69 @@ class Fusion:
         if node.op is aten.silu.default:
             return self._group_norm_silu(node, call)
         if node.op is aten.mul.Tensor:
-            return self._geglu(node, call)
+            return self._geglu(node, call) if len(node.active) == 2 else self._scale_shift(node, call)
+        if node.op is aten.add.Tensor:
+            return self._scale_shift(node, call)
         if node.op in (aten.split.Tensor, aten.split_with_sizes.default):
             self._note_halves(call)
         return None
 
     def _group_norm_silu(self, node: Node, call: Call) -> tuple[Node, Call] | None:
-        before = self._producer.get(node.args[0].value) if isinstance(node.args[0], Ref) else None
-        norm = None if before is None else self._maps[before]
+        before, norm = self._before(node, 0)
         if before is None or not isinstance(norm, GroupNormSilu) or norm.silu:
             return None
-        args = self._nodes[before].args
-        primal = (norm.x, norm.weight, norm.bias, *args[3:])
-        fused = replace(node, op=group_norm_silu, args=args, active=(0,))
-        return fused, Call(group_norm_silu, primal, {}, (call.out, norm.mean, norm.rstd), (0,))
+        primal = (norm.x, norm.weight, norm.bias, *before.args[3:8])
+        if before.op is group_norm_scale_shift:
+            # The weight and bias of the map hold the scale and the shift.
+            args, primal = (*before.args[:-1], True), (*primal, None, None, True)
+            fused = replace(node, op=group_norm_scale_shift, args=args, active=(0,))
+        else:
+            fused = replace(node, op=group_norm_silu, args=before.args, active=(0,))
+        return fused, Call(fused.op, primal, {}, (call.out, norm.mean, norm.rstd), (0,))
+
+    def _scale_shift(self, node: Node, call: Call) -> tuple[Node, Call] | None:
+        """A norm times a scale, or plus a shift, that carries no tangent: a norm with parameters of each
+        sample."""
+        if len(node.active) != 1 or call.optional(2, "alpha", 1) != 1:
+            return None
+        (position,) = node.active
+        before, norm = self._before(node, position)
+        operand = call.args[1 - position]  # type: ignore[operator]
+        if (
+            before is None
+            or not isinstance(norm, (GroupNormSilu, LayerNorm))
+            or not isinstance(operand, Tensor)
+            or not call.out.dtype == norm.x.dtype == operand.dtype
+            or call.out.shape != norm.x.shape
+            or not _holds_per_sample(pad_shape(operand, norm.x.dim()), norm)
+        ):
+            return None
+        given = node.args[1 - position]  # type: ignore[operator]
+        scales = node.op is aten.mul.Tensor
+        if isinstance(norm, LayerNorm):
+            # A shift does not change the derivative.
+            if not scales or before.op is not aten.native_layer_norm.default:
+                return None
+            args = (*before.args, given)
+            primal = (norm.x, before.args[1], norm.weight, None, before.args[4], operand)
+            op: Any = layer_norm_scale
+        else:
+            scale, shift = before.args[8:10] if before.op is group_norm_scale_shift else (None, None)
+            if norm.silu or shift is not None or (scales and scale is not None):
+                return None
+            parts = (given, None) if scales else (scale, given)
+            args = (*before.args[:8], *parts, False)
+            new = (operand, None) if scales else (None, operand)
+            primal = (norm.x, norm.weight, norm.bias, *before.args[3:8], *new, False)
+            op = group_norm_scale_shift
+        fused = replace(node, op=op, args=args, kwargs={}, active=(0,))
+        return fused, Call(op, primal, {}, (call.out, norm.mean, norm.rstd), (0,))
+
+    def _before(self, node: Node, position: Any) -> tuple[Node | None, LinearMap | None]:
+        """The node that made an argument, and its map."""
+        argument = node.args[position]
+        before = self._producer.get(argument.value) if isinstance(argument, Ref) else None
+        return (None, None) if before is None else (self._nodes[before], self._maps[before])
 
     def _note_halves(self, call: Call) -> None:
         whole = call.args[0]
@@ -91,6 +149,17 @@ class Fusion:
                 fused = replace(node, op=geglu, args=args, active=(0,))
                 return fused, Call(geglu, (projection, approximate), {}, call.out, (0,))
         return None
+
+
+def _holds_per_sample(shape: Sequence[int], norm: GroupNormSilu | LayerNorm) -> bool:
+    """Whether an operand of this shape, padded to the axes of x, holds one number a sample and parameter of a
+    norm."""
+    x = norm.x.shape
+    if isinstance(norm, GroupNormSilu):
+        varying = {0, 1}
+    else:
+        varying = set(range(len(x) - norm.axes, len(x))) | ({0} if norm.axes < len(x) else set())
+    return len(shape) == len(x) and all(n == 1 or (i in varying and n == x[i]) for i, n in enumerate(shape))
 
 
 def replace_residuals(instruction: LinearMap, replacement: Callable[[Tensor], Tensor]) -> None:

@@ -16,7 +16,8 @@ from sharpcore.plan import ADD, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule, load_rules
 from sharpcore.rules.fallback import fallback
 from sharpcore.rules.linear import Convolution, evaluate_packed
-from sharpcore.rules.pointwise import Sum
+from sharpcore.rules.norm import group_norm_silu
+from sharpcore.rules.pointwise import Sum, geglu
 
 if TYPE_CHECKING:
     from sharpcore.lowering import Lowering
@@ -79,6 +80,11 @@ class Node:
         if self.op == "attention":
             q, k, v, mask, scale = args
             return kernels.attention_forward(q, k, v, mask=mask, scale=scale)
+        if self.op is geglu:
+            return kernels.geglu_forward(*args)
+        if self.op is group_norm_silu:
+            x, weight, bias, _, _, _, groups, eps = args
+            return kernels.group_norm_silu_forward(x, weight, bias, groups, eps, True)
         return self.op(*args, **self.kwargs)
 
     @property

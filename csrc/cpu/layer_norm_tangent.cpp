@@ -41,8 +41,8 @@ inline void add_lanes(Sums& sums, Vec<T> a, Vec<T> b) {
     sums.product += static_cast<double>(second[0]);
 }
 
-template <bool weighted, class T>
-inline Sums row_sums(const T* v, const T* x, const T* weight, Index size, T mean) {
+template <bool weighted, class S, class T = Compute<S>>
+inline Sums row_sums(const S* v, const S* x, const T* weight, Index size, T mean) {
     const Vec<T> m = broadcast(mean);
     Sums sums{0, 0};
     for (Index i = 0; i < size;) {
@@ -76,8 +76,8 @@ inline Sums row_sums(const T* v, const T* x, const T* weight, Index size, T mean
 
 // Writes gain (v - offset - (x - mean) slope), gain being rstd, times the weight for tangents; for cotangents the
 // weight goes to v instead.
-template <bool adjoint, bool weighted, class T>
-inline void row_write(T* out, const T* v, const T* x, const T* weight, Index size, T mean, T rstd, T offset, T slope) {
+template <bool adjoint, bool weighted, class S, class T = Compute<S>>
+inline void row_write(S* out, const S* v, const S* x, const T* weight, Index size, T mean, T rstd, T offset, T slope) {
     const Vec<T> m = broadcast(mean), r = broadcast(rstd), o = broadcast(offset), s = broadcast(slope);
     const auto result = [&](Vec<T> vector, Vec<T> input, Vec<T> factor) {
         if constexpr (weighted && adjoint) vector *= factor;
@@ -96,10 +96,11 @@ inline void row_write(T* out, const T* v, const T* x, const T* weight, Index siz
 }
 
 // Rows of a tile of [size, rows], written one after the other.
-template <class T>
-void gather_rows(T* to, const T* from, Index rows, Index size, Index from_stride) {
-    for (Index i = 0; i < size; i += kLanes<T>) {
-        const Index width = i + kLanes<T> < size ? kLanes<T> : size - i;
+template <class S>
+void gather_rows(S* to, const S* from, Index rows, Index size, Index from_stride) {
+    constexpr Index lanes = kVectorBytes / static_cast<Index>(sizeof(S));
+    for (Index i = 0; i < size; i += lanes) {
+        const Index width = i + lanes < size ? lanes : size - i;
         for (Index row = 0; row < rows; ++row)
             for (Index j = 0; j < width; ++j) to[row * size + i + j] = from[(i + j) * from_stride + row];
     }
@@ -111,8 +112,9 @@ struct Work {
     Index rows_per_block, blocks, splits;  // blocks: of a batch; splits: ranges of K
 };
 
-template <bool adjoint, bool weighted, class T>
+template <bool adjoint, bool weighted, class S>
 void do_task(const void* job, Index task, int slot) noexcept {
+    using T = Compute<S>;
     const Work& work = *static_cast<const Work*>(job);
     const Arguments& a = work.arguments;
     const Index split = task % work.splits, part = task / work.splits;
@@ -121,26 +123,26 @@ void do_task(const void* job, Index task, int slot) noexcept {
     const Index first = split * a.count / work.splits, last = (split + 1) * a.count / work.splits;
     const Index start = batch * a.rows + begin;
     const double inverse_size = 1 / static_cast<double>(a.size);
-    const T* const weight = static_cast<const T*>(a.weight);
+    const T* const weight = weighted ? static_cast<const T*>(a.weight) + batch * a.weight_batch_stride : nullptr;
     for (Index k = first; k < last; ++k) {
-        const T* v = static_cast<const T*>(a.vectors) + k * a.vector_count_stride + batch * a.vector_batch_stride;
+        const S* v = static_cast<const S*>(a.vectors) + k * a.vector_count_stride + batch * a.vector_batch_stride;
         if (a.columns) {
-            T* const gathered = static_cast<T*>(work.scratch.slot(slot));
-            gather_rows<T>(gathered, v + begin, rows, a.size, a.rows);
+            S* const gathered = static_cast<S*>(work.scratch.slot(slot));
+            gather_rows<S>(gathered, v + begin, rows, a.size, a.rows);
             v = gathered;
         } else {
             v += begin * a.size;
         }
-        T* out = static_cast<T*>(a.out) + (k * a.batch * a.rows + start) * a.size;
+        S* out = static_cast<S*>(a.out) + k * a.out_count_stride + start * a.size;
         for (Index row = 0; row < rows; ++row) {
             const T mean = static_cast<const T*>(a.mean)[start + row],
                     rstd = static_cast<const T*>(a.rstd)[start + row];
-            const T* x = static_cast<const T*>(a.x) + (start + row) * a.size;
-            const Sums sums = row_sums < adjoint && weighted, T > (v + row * a.size, x, weight, a.size, mean);
+            const S* x = static_cast<const S*>(a.x) + (start + row) * a.size;
+            const Sums sums = row_sums < adjoint && weighted, S > (v + row * a.size, x, weight, a.size, mean);
             const T offset = static_cast<T>(sums.vector * inverse_size);
             // The mean of v xhat, times rstd once more as x - mean lacks it.
             const T slope = static_cast<T>(sums.product * inverse_size * rstd * rstd);
-            row_write<adjoint, weighted, T>(out + row * a.size, v + row * a.size, x, weight, a.size, mean, rstd, offset,
+            row_write<adjoint, weighted, S>(out + row * a.size, v + row * a.size, x, weight, a.size, mean, rstd, offset,
                                             slope);
         }
     }
@@ -155,9 +157,9 @@ constexpr Index kColumnRows = 32;
 // Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
 constexpr Index kTasksPerThread = 4;
 
-template <bool adjoint, class T>
+template <bool adjoint, class S>
 void run(const Arguments& a) {
-    const Index row_bytes = a.size * static_cast<Index>(sizeof(T));
+    const Index row_bytes = a.size * static_cast<Index>(sizeof(S));
     Index rows_per_block = kBlockBytes / row_bytes;
     const Index least = a.columns ? kColumnRows : 1;
     if (rows_per_block < least) rows_per_block = least;
@@ -172,15 +174,17 @@ void run(const Arguments& a) {
     const Scratch scratch(threads, a.columns ? rows_per_block * row_bytes : 0);
     const Work work{a, scratch, rows_per_block, blocks, splits};
     parallel_for(a.batch * blocks * splits, threads,
-                 a.weight == nullptr ? do_task<adjoint, false, T> : do_task<adjoint, true, T>, &work);
+                 a.weight == nullptr ? do_task<adjoint, false, S> : do_task<adjoint, true, S>, &work);
 }
 
 template <bool adjoint>
 void run_any(const Arguments& a) {
-    if (a.float64)
+    if (a.dtype == Dtype::float64)
         run<adjoint, double>(a);
-    else
+    else if (a.dtype == Dtype::float32)
         run<adjoint, float>(a);
+    else
+        run<adjoint, bfloat16>(a);
 }
 
 }  // namespace

@@ -16,12 +16,14 @@ from sharpcore.rules import Call, Identity, LinearMap, aten, lift, rule, unbroad
 class Scale(LinearMap):
     """y' = d * x' with an elementwise residual d that broadcasts against the input."""
 
+    writes_jvp = True
+
     def __init__(self, factor: Tensor, shape: torch.Size) -> None:
         self.factor = factor
         self.shape = shape
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (lift(tangents[0], self.factor.dim()) * self.factor,)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (torch.mul(lift(tangents[0], self.factor.dim()), self.factor, out=out),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -31,11 +33,13 @@ class Scale(LinearMap):
 class ScalarScale(LinearMap):
     """y' = c * x' with a number c."""
 
+    writes_jvp = True
+
     def __init__(self, factor: complex | float) -> None:
         self.factor = factor
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (tangents[0] * self.factor,)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (torch.mul(tangents[0], self.factor, out=out),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -65,19 +69,18 @@ class Broadcast(LinearMap):
 class Sum(LinearMap):
     """y' = x1' + c * x2', each broadcast as its primal was."""
 
-    def __init__(
-        self, shapes: tuple[torch.Size, torch.Size], ndim: int, factor: float, dtype: torch.dtype
-    ) -> None:
+    writes_jvp = True
+
+    def __init__(self, shapes: tuple[torch.Size, torch.Size], ndim: int, factor: float) -> None:
         self.shapes = shapes
         self.ndim = ndim
         self.factor = factor
-        self.dtype = dtype
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         first, second = (lift(tangent, self.ndim) for tangent in tangents)
         if first.shape == second.shape and first.dtype == second.dtype and not first.is_complex():
-            return (kernels.residual_add(first, second, self.factor),)
-        return (torch.add(first, second, alpha=self.factor),)
+            return (kernels.residual_add(first, second, self.factor, out=out),)
+        return (torch.add(first, second, alpha=self.factor, out=out),)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -132,7 +135,7 @@ def add(call: Call) -> LinearMap | None:
     factor = -alpha if call.op in (aten.sub.Tensor, aten.sub.Scalar) else alpha
     if call.active == (0, 1):
         first, second = call.args[0], call.args[1]
-        return Sum((first.shape, second.shape), call.out.dim(), factor, call.out.dtype)
+        return Sum((first.shape, second.shape), call.out.dim(), factor)
     (position,) = call.active
     return _matching_scale(call, position, 1 if position == 0 else factor)
 
@@ -191,15 +194,22 @@ class Geglu(LinearMap):
     """y = h * gelu(g) of the halves [h | g] of the last axis: one pass over K tangents, with the derivatives
     [dy/dh | dy/dg] as residual."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, factors: Tensor) -> None:
         self.factors = factors
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (kernels.geglu_tangent(tangents[0], self.factors),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (kernels.geglu_tangent(tangents[0], self.factors, out=out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else kernels.geglu_adjoint(cotangent, self.factors),)
+        return (None if cotangent is None else kernels.geglu_adjoint(cotangent, self.factors, out=out[0]),)
 
 
 def geglu(projection: Tensor, approximate: str) -> tuple[Tensor, Tensor]:

@@ -239,6 +239,8 @@ def unbind(call: Call) -> LinearMap:
 class Concatenate(LinearMap):
     """Tensors joined along an axis, those without a tangent as zeros."""
 
+    writes_jvp = True
+
     def __init__(
         self, shapes: Sequence[torch.Size], active: Sequence[int], dim: int, dtype: torch.dtype
     ) -> None:
@@ -247,7 +249,7 @@ class Concatenate(LinearMap):
         self.dim = dim + 1
         self.dtype = dtype
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         first = tangents[0]
         parts: list[Tensor | None] = [None] * len(self.shapes)
         for position, tangent in zip(self.active, tangents, strict=True):
@@ -256,7 +258,18 @@ class Concatenate(LinearMap):
             first.new_zeros((first.shape[0], *shape), dtype=self.dtype) if part is None else part
             for part, shape in zip(parts, self.shapes, strict=True)
         ]
-        return (torch.cat(filled, self.dim),)
+        return (self._join(filled, out),)
+
+    def _join(self, parts: Sequence[Tensor], out: Tensor | None) -> Tensor:
+        if parts[0].dim() == 5 and self.dim == 2:
+            # Images [K, B, C, H, W]: PyTorch knows channels-last for four axes only.
+            k = parts[0].shape[0]
+            folded = [part.flatten(0, 1) for part in parts]
+            if out is None:
+                return torch.cat(folded, 1).unflatten(0, (k, -1))
+            torch.cat(folded, 1, out=out.flatten(0, 1))
+            return out
+        return torch.cat(parts, self.dim) if out is None else torch.cat(parts, self.dim, out=out)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -371,15 +384,24 @@ class Folded(LinearMap):
 class UpsampleNearest(LinearMap):
     """Every pixel repeated over a block of `factors` pixels."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, factors: tuple[int, int]) -> None:
         self.factors = factors
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (kernels.upsample_nearest_tangent(tangents[0], self.factors),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (kernels.upsample_nearest_tangent(tangents[0], self.factors, out=out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else kernels.upsample_nearest_adjoint(cotangent, self.factors),)
+        if cotangent is None:
+            return (None,)
+        return (kernels.upsample_nearest_adjoint(cotangent, self.factors, out=out[0]),)
 
 
 @rule(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)

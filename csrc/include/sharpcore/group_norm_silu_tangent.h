@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "sharpcore/dtype.h"
 #include "sharpcore/isa.h"
 
 namespace sharpcore {
@@ -15,13 +16,14 @@ struct GroupNormSiluArguments {
     const void* x;
     const void* mean;    // [batch, groups]
     const void* rstd;    // [batch, groups]
-    const void* weight;  // [channels], or null: ones
-    const void* bias;    // [channels], or null: zeros
-    bool float64;        // the type of every tensor: double, or float
+    const void* weight;  // [channels] or [batch, channels], or null: ones
+    const void* bias;    // [channels] or [batch, channels], or null: zeros
+    Dtype dtype;         // of out, vectors and x; the others are float for bfloat16, else the same
     std::int64_t count, batch, channels, positions, groups;
     std::int64_t out_count_stride, out_batch_stride;
     std::int64_t vector_count_stride, vector_batch_stride;
     std::int64_t x_batch_stride;
+    std::int64_t weight_batch_stride, bias_batch_stride;  // 0 where the samples share them
     bool channels_last;
     bool silu;
     int threads;

@@ -7,6 +7,7 @@ from typing import Any
 
 from sharpcore.backends.cpu.attention_tangent import attention_adjoint, attention_tangent
 from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
+from sharpcore.backends.cpu.group_norm_silu_forward import group_norm_silu_forward
 from sharpcore.backends.cpu.group_norm_silu_tangent import group_norm_silu_adjoint, group_norm_silu_tangent
 from sharpcore.backends.cpu.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.cpu.layout import DTYPES
@@ -24,6 +25,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
     for kernel in (
         attention_tangent,
         attention_adjoint,
+        group_norm_silu_forward,
         group_norm_silu_tangent,
         group_norm_silu_adjoint,
         layer_norm_tangent,

@@ -30,7 +30,11 @@ def attention_tangent(
     tangents = (dq, dk, dv)
     given = [t for t in tangents if t is not None]
     native = extension()
-    if native is None or not computable([q, k, v, out, lse, *given, *([] if mask is None else [mask])]):
+    if (
+        native is None
+        or q.dtype == torch.bfloat16
+        or not computable([q, k, v, out, lse, *given, *([] if mask is None else [mask])])
+    ):
         return reference.KERNELS["attention_tangent"](q, k, v, out, lse, dq, dk, dv, mask=mask, scale=scale)
     _check_attention(q, k, v, out, lse)
     if not given:
@@ -69,7 +73,11 @@ def attention_adjoint(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """As its namesake in sharpcore.backends.reference; the results lie in memory as attention_tangent's."""
     native = extension()
-    if native is None or not computable([q, k, v, out, lse, cotangent, *([] if mask is None else [mask])]):
+    if (
+        native is None
+        or q.dtype == torch.bfloat16
+        or not computable([q, k, v, out, lse, cotangent, *([] if mask is None else [mask])])
+    ):
         kernel = reference.KERNELS["attention_adjoint"]
         return kernel(q, k, v, out, lse, cotangent, mask=mask, scale=scale, needed=needed)
     _check_attention(q, k, v, out, lse)

@@ -11,6 +11,7 @@ from sharpcore.backends.reference.attention_tangent import (
     attention_tangent,
 )
 from sharpcore.backends.reference.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
+from sharpcore.backends.reference.group_norm_silu_forward import group_norm_silu_forward
 from sharpcore.backends.reference.group_norm_silu_tangent import (
     group_norm_silu_adjoint,
     group_norm_silu_tangent,
@@ -28,6 +29,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         attention_forward,
         attention_tangent,
         attention_adjoint,
+        group_norm_silu_forward,
         group_norm_silu_tangent,
         group_norm_silu_adjoint,
         layer_norm_tangent,

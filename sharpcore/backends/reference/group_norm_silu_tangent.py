@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharpcore.backends.output import deliver
+
 
 def group_norm_silu_tangent(
     tangent: Tensor,
@@ -15,6 +17,8 @@ def group_norm_silu_tangent(
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Push K tangents through y = act(weight * xhat + bias), xhat = (x - mean) * rstd.
 
@@ -27,20 +31,21 @@ def group_norm_silu_tangent(
         x: [B, C, *spatial], the input of the normalization.
         mean: [B, groups], mean of x over each group.
         rstd: [B, groups], 1 / sqrt(variance + eps) of each group.
-        weight: [C] or None (ones).
-        bias: [C] or None (zeros); only its effect on act' matters.
+        weight: [C], [B, C] (scale-shift norms) or None (ones).
+        bias: [C], [B, C] or None (zeros); only its effect on act' matters.
         groups: number of groups; divides C.
         silu: whether SiLU follows the normalization.
+        out: takes the result, any strides; no memory of the arguments.
 
     Returns:
         [K, B, C, *spatial], dtype of ``tangent``; 16-bit inputs are computed in float32.
+
+    Raises:
+        InvalidInput: ``out`` has another shape or dtype.
     """
     scale, xhat = _scale_and_xhat(x, mean, rstd, weight, bias, groups, silu)
-    return (
-        (scale * _project(_split_groups(tangent, 2, groups).to(xhat.dtype), xhat))
-        .reshape(tangent.shape)
-        .to(tangent.dtype)
-    )
+    result = scale * _project(_split_groups(tangent, 2, groups).to(xhat.dtype), xhat)
+    return deliver(result.reshape(tangent.shape).to(tangent.dtype), out)
 
 
 def group_norm_silu_adjoint(
@@ -52,6 +57,8 @@ def group_norm_silu_adjoint(
     bias: Tensor | None,
     groups: int,
     silu: bool,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Pull K cotangents back through GroupNorm and, optionally, SiLU: the transpose of the tangent map.
 
@@ -60,10 +67,13 @@ def group_norm_silu_adjoint(
 
     Returns:
         [K, B, C, *spatial], dtype of ``cotangent``.
+
+    Raises:
+        InvalidInput: ``out`` has another shape or dtype.
     """
     scale, xhat = _scale_and_xhat(x, mean, rstd, weight, bias, groups, silu)
     scaled = scale * _split_groups(cotangent, 2, groups).to(xhat.dtype)
-    return _project(scaled, xhat).reshape(cotangent.shape).to(cotangent.dtype)
+    return deliver(_project(scaled, xhat).reshape(cotangent.shape).to(cotangent.dtype), out)
 
 
 def _split_groups(tensor: Tensor, channel_dim: int, groups: int) -> Tensor:
@@ -93,13 +103,16 @@ def _scale_and_xhat(
     compute = torch.promote_types(x.dtype, torch.float32)
     rstd = rstd.to(compute)[:, :, None, None]
     xhat = (_split_groups(x, 1, groups).to(compute) - mean.to(compute)[:, :, None, None]) * rstd
-    per_channel = (1, groups, -1, 1)
-    gain = None if weight is None else weight.to(compute).reshape(per_channel)
+    per_channel = x.shape[1] // groups
+    gain, shift = (
+        None if parameter is None else parameter.to(compute).reshape(-1, groups, per_channel, 1)
+        for parameter in (weight, bias)
+    )
     scale = rstd if gain is None else gain * rstd
     if silu:
         u = xhat if gain is None else gain * xhat
-        if bias is not None:
-            u = u + bias.to(compute).reshape(per_channel)
+        if shift is not None:
+            u = u + shift
         sigmoid = torch.sigmoid(u)
         scale = scale * (sigmoid * (1 + u * torch.sigmoid(-u)))
     return scale, xhat

@@ -5,9 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharpcore.backends.output import deliver
+
 
 def layer_norm_tangent(
-    tangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+    tangent: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    axes: int,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Push K tangents through y = weight * xhat + bias, xhat = (x - mean) * rstd.
 
@@ -19,21 +28,33 @@ def layer_norm_tangent(
         x: [*leading, *normalized], the input of the normalization.
         mean: [*leading, 1, ..., 1], mean of x over the normalized axes.
         rstd: as mean, 1 / sqrt(variance + eps).
-        weight: [*normalized] or None (ones).
+        weight: [*normalized], one a sample as [B, 1, ..., 1, *normalized] with B the first leading axis
+            (adaptive norms), or None (ones).
         axes: how many trailing axes are normalized, at least one.
+        out: takes the result, any strides; no memory of the arguments.
 
     Returns:
         [K, *x.shape], dtype of ``tangent``; 16-bit inputs are computed in float32.
+
+    Raises:
+        InvalidInput: ``out`` has another shape or dtype.
     """
     xhat, scale = _xhat_and_rstd(x, mean, rstd)
     result = _project(tangent.to(xhat.dtype), xhat, axes) * scale
     if weight is not None:
         result *= weight.to(xhat.dtype)
-    return result.to(tangent.dtype)
+    return deliver(result.to(tangent.dtype), out)
 
 
 def layer_norm_adjoint(
-    cotangent: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+    cotangent: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    axes: int,
+    *,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Pull K cotangents back through LayerNorm: the transpose of the tangent map.
 
@@ -42,12 +63,15 @@ def layer_norm_adjoint(
 
     Returns:
         [K, *x.shape], dtype of ``cotangent``.
+
+    Raises:
+        InvalidInput: ``out`` has another shape or dtype.
     """
     xhat, scale = _xhat_and_rstd(x, mean, rstd)
     scaled = cotangent.to(xhat.dtype)
     if weight is not None:
         scaled = scaled * weight.to(xhat.dtype)
-    return (_project(scaled, xhat, axes) * scale).to(cotangent.dtype)
+    return deliver((_project(scaled, xhat, axes) * scale).to(cotangent.dtype), out)
 
 
 def _xhat_and_rstd(x: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
