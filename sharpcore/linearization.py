@@ -3,7 +3,6 @@ tangents."""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -113,19 +112,9 @@ class Linearization:
         self._workspace.forget()
         with _plain_precision(x):
             budget = self._lowering.unrounded(self.memory_budget)
-            record = functools.partial(trace, self._f, x, bound, self.backend, self._lowering, budget)
-            channels_last = self._lowering.packs and x.dim() == 4
-            try:
-                self.program, maps, self.value, parameters = record(channels_last)
-            except RuntimeError as error:
-                # f views x or what comes of it in a way that only its own layout allows.
-                if not channels_last or "view size is not compatible" not in str(error):
-                    raise
-                self.program, maps, self.value, parameters = record(False)
+            self.program, maps, self.value, parameters = trace(self._f, x, bound, self.backend, budget)
         with torch.inference_mode(False):
             self.x = x.detach().clone()
-            if self.program.channels_last:
-                self.x = self.x.contiguous(memory_format=torch.channels_last)
             self._bound = tuple(t.detach().clone() for t in bound)
         self._versions = [*parameters, *_constant_versions(self.program)]
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):

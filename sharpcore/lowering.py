@@ -168,16 +168,10 @@ class Lowering:
             self._copies[key] = (weight, make())  # while the weight is held, its address is its own
         return self._copies[key][1]
 
-    def packed_for_value(self, args: tuple[Any, ...]) -> Tensor | None:
-        """The packed weight with which the primal pass runs a convolution, given the arguments of
-        aten.convolution; None where it takes the plain one."""
-        x, weight, geometry = args[0], args[1], tuple(args[3:9])
-        fits = self.packs and not self.rounds and x.dtype == torch.float32 and packable(weight, geometry)
-        return self._packed(weight, geometry, x.shape) if fits else None
-
     def _round(self, instruction: LinearMap) -> None:
+        keep = _KEEP | {"weight"} if isinstance(instruction, (GroupNormSilu, LayerNorm)) else _KEEP
         for name, value in list(vars(instruction).items()):
-            if name in _KEEP:
+            if name in keep:
                 continue
             if isinstance(value, Tensor) and value.dtype in _BACK:
                 setattr(instruction, name, value.detach().to(torch.bfloat16))

@@ -15,7 +15,6 @@ from sharpcore.explain import Cost, Timing, explain
 from sharpcore.plan import ADD, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule, load_rules
 from sharpcore.rules.fallback import fallback
-from sharpcore.rules.linear import Convolution, evaluate_packed
 from sharpcore.rules.norm import group_norm_silu
 from sharpcore.rules.pointwise import Sum, geglu
 
@@ -117,7 +116,6 @@ class Program:
     output: int | None
     active: bool  # whether the output carries a tangent; if not, the derivative is zero
     replayable: bool  # False where Python control flow read values: a new point needs a new trace
-    channels_last: bool  # whether x came in that layout, and convolutions ran on packed weights
     steps: list[TangentStep] = field(default_factory=list)
     tangent_output: int | None = None
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
@@ -149,17 +147,11 @@ class Program:
         for index in range(len(self.nodes)) if segment is None else range(segment.start, segment.stop):
             node = self.nodes[index]
             args = node.fill(values)
-            fixed = residuals[index] if node.fixed else None
-            wanted = (
-                node.linear and fixed is None and (segment is not None or not residuals.recomputes(index))
-            )
+            here = segment is not None or not residuals.recomputes(index)
+            wanted = node.linear and not node.fixed and here
             if wanted and segment is None:
                 residuals[index] = None  # the old ones go before the new ones come
-            if self.channels_last and isinstance(fixed, Convolution) and fixed.evaluates(args[0]):
-                assert fixed.packed is not None
-                out = evaluate_packed(args, fixed.packed)
-            else:
-                out = node.run(kernels, args)
+            out = node.run(kernels, args)
             if wanted:
                 call = Call(node.op, args, node.kwargs, out, node.active)
                 made[index] = lowering.lower(build_map(node, call, rules))

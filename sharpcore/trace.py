@@ -19,12 +19,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
 from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
-from sharpcore.lowering import Lowering, is_fixed
+from sharpcore.lowering import is_fixed
 from sharpcore.program import Node, Program, Ref, build_map
 from sharpcore.residuals import Dropped, residual_storages
 from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, autograd_enabled, load_rules
 from sharpcore.rules.attention import additive_mask
-from sharpcore.rules.linear import evaluate_packed
 from sharpcore.rules.shape import overlay
 
 # How many of the last maps are kept while a trace is over its memory budget.
@@ -91,12 +90,9 @@ def _storage_key(tensor: Tensor) -> int:
 class Tracer:
     """One recording of f(x, *bound): the nodes of the program, and the linear map of each at this point."""
 
-    def __init__(self, kernels: Any, lowering: Lowering, channels_last: bool, budget: float | None) -> None:
+    def __init__(self, kernels: Any, budget: float | None) -> None:
         self.kernels = kernels
-        self.lowering = lowering
-        self.channels_last = channels_last
         self.budget = budget
-        self._packed: list[Tensor] = []
         self._counted: dict[int, StorageWeakRef] = {}  # storages that maps keep; see _dependent
         self._kept_bytes = 0
         self._dropped = 0  # maps before this one have been let go of
@@ -266,23 +262,9 @@ class Tracer:
         self._check_data_dependence(op, values, tags)
         if mutates:
             return self._record_in_place(op, args, kwargs, values)
-        if self.channels_last and op is aten.convolution.default and self._only_input_active(values):
-            out = self._convolve(args, run)
-        else:
-            out = run(*args, **kwargs)
+        out = run(*args, **kwargs)
         self._append_call(op, args, kwargs, out, values, bind=True)
         return out
-
-    def _only_input_active(self, values: dict[Any, int]) -> bool:
-        return set(values) == {0} and self.kinds[values[0]] is Kind.ACTIVE
-
-    def _convolve(self, args: tuple[Any, ...], run: Callable[..., Any]) -> Tensor:
-        """A convolution as a replay runs it, so that both give the same bits."""
-        packed = self.lowering.packed_for_value(args)
-        if packed is None:
-            return run(*args)
-        self._packed.append(packed)  # the map of this convolution will find it
-        return evaluate_packed(args, packed)
 
     def _check_data_dependence(self, op: Any, values: dict[Any, int], tags: Any) -> None:
         """Values that leave the tensor world: fine for control flow, but not where a derivative would be
@@ -637,24 +619,19 @@ def trace(
     x: Tensor,
     bound: Sequence[Tensor],
     kernels: Any,
-    lowering: Lowering,
     budget: float | None,
-    channels_last: bool,
 ) -> tuple[Program, list[LinearMap | None], Tensor, list[tuple[Tensor, int]]]:
     """Run f(x, *bound) once and return its program, the linear map of each node at this point, the value, and
     the parameters that were read with their in-place versions.
 
     x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries
-    tangents. With `channels_last`, x [B, C, H, W] is given to f in that layout, and convolutions run in it.
-    Once the maps take more than `budget` bytes, all but the last are replaced by `Dropped`. Raises
-    UnsupportedOperation for an operation without an exact derivative.
+    tangents. Once the maps take more than `budget` bytes, all but the last are replaced by `Dropped`.
+    Raises UnsupportedOperation for an operation without an exact derivative.
     """
-    tracer = Tracer(kernels, lowering, channels_last, budget)
+    tracer = Tracer(kernels, budget)
     # Copies: f may write into its arguments, and the residuals must not change with the caller's tensors.
     with torch.inference_mode(False), torch.no_grad():
         inputs = [t.detach().clone() for t in itertools.chain([x], bound)]
-        if channels_last:
-            inputs[0] = inputs[0].contiguous(memory_format=torch.channels_last)
         values = [tracer.new_value(t, Kind.ACTIVE if i == 0 else Kind.PRIMAL) for i, t in enumerate(inputs)]
         try:
             with _Functions(tracer), _Operations(tracer):
@@ -676,9 +653,7 @@ def trace(
     if output is not None and tracer.kinds[output] is Kind.OPAQUE:
         raise UnsupportedOperation("f returns a side result that has no derivative rule")
     parameters = list(tracer.parameters.values())
-    program = Program(
-        tracer.nodes, values[0], tuple(values[1:]), output, active, tracer.replayable, channels_last
-    )
+    program = Program(tracer.nodes, values[0], tuple(values[1:]), output, active, tracer.replayable)
     maps = passes.optimize(program, tracer.maps)
     value = out.detach().clone(memory_format=torch.contiguous_format)
     return program, maps, value, parameters

@@ -64,10 +64,6 @@ class Convolution(LinearMap):
         grad = grad.unflatten(0, (k, -1))
         return (grad if out[0] is None else out[0].copy_(grad),)
 
-    def evaluates(self, x: Tensor) -> bool:
-        """Whether the packed weight is one for the convolution itself at x."""
-        return self.packed is not None and self.packed.dtype == x.dtype
-
     def _adjoint_geometry(self) -> _Geometry | None:
         """The convolution that the transpose is; None where it is none."""
         stride, padding, dilation, _, _, groups = self.geometry
@@ -91,13 +87,6 @@ def convolution(call: Call) -> LinearMap | None:
 
 
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
-
-
-def evaluate_packed(args: Sequence[Any], packed: Tensor) -> Tensor:
-    """The convolution itself, with a packed weight; the arguments are those of aten.convolution."""
-    x, _, bias, stride, padding, dilation, _, _, groups = args
-    x = x.contiguous(memory_format=torch.channels_last)
-    return mkldnn._convolution_pointwise(x, packed, bias, padding, stride, dilation, groups, "none", [], "")
 
 
 def packable(weight: Tensor, geometry: tuple[Any, ...]) -> bool:

@@ -269,7 +269,7 @@ class Concatenate(LinearMap):
                 return torch.cat(folded, 1).unflatten(0, (k, -1))
             torch.cat(folded, 1, out=out.flatten(0, 1))
             return out
-        return torch.cat(parts, self.dim) if out is None else torch.cat(parts, self.dim, out=out)
+        return torch.cat(list(parts), self.dim, out=out)
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
