@@ -105,8 +105,8 @@ constexpr int kMaxThreads = 1024;
 
 void parallel_for(std::int64_t tasks, int threads, TaskFunction function, const void* job_data) {
     if (tasks <= 0) return;
-    const int workers = static_cast<int>(std::min<std::int64_t>({tasks, threads, kMaxThreads})) - 1;
-    Job job{function, job_data, tasks, {}, std::max(workers, 0)};
+    const int workers = static_cast<int>(std::min<std::int64_t>({tasks, std::max(threads, 1), kMaxThreads})) - 1;
+    Job job{function, job_data, tasks, {}, workers};
     if (workers > 0 && pool().run(job)) return;
     job.work(0);
 }
