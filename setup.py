@@ -54,6 +54,8 @@ class CMakeBuild(build_ext):
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DSHARPCORE_SANITIZE={os.environ.get('SHARPCORE_SANITIZE', '')}",
+            f"-DSHARPCORE_NATIVE_TESTS={'ON' if enabled('SHARPCORE_NATIVE_TESTS') else 'OFF'}",
         ]
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)

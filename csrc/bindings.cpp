@@ -259,6 +259,8 @@ PYBIND11_MODULE(_C, module) {
         "isa", [] { return sharpcore::isa_name(sharpcore::active_isa()); },
         "Instruction set of the kernels: portable, avx2 or avx512.");
     module.def(
+        "sanitizers", [] { return SHARPCORE_SANITIZE; }, "Sanitizers of this build, separated by commas, or nothing.");
+    module.def(
         "cpu_features",
         [] {
             py::dict features;

@@ -223,7 +223,8 @@ def test_rows_without_an_admissible_key_do_not_move(backend: str) -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_kernel_on_huge_logits_and_denormals(dtype: torch.dtype, heads: int) -> None:
     # Nearly all of dS cancels: in float64 reference and kernel are both 2.3e-8 from an extended-precision dS.
-    floor = 1e-4 if dtype is torch.float32 else 2e-7
+    # float32 without fused multiply-add, as on the portable instruction set: 1.2e-4.
+    floor = 2.5e-4 if dtype is torch.float32 else 2e-7
     check(Case(33, 40, 16, heads=heads, dtype=dtype, gain=30.0), floor=floor)
     check(Case(33, 40, 16, heads=heads, dtype=dtype, gain=1e-22))
 

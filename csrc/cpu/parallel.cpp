@@ -6,9 +6,9 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <exception>
 #include <mutex>
 #include <new>
-#include <system_error>
 #include <thread>
 
 namespace sharpcore {
@@ -36,8 +36,8 @@ public:
 
     // False where the workers are busy with another caller's job: nothing was done then.
     bool run(Job& job) {
-        std::unique_lock<std::mutex> busy(callers_, std::try_to_lock);
-        if (!busy.owns_lock()) return false;
+        // Not a mutex: a task that starts a job would try to lock what its own thread holds, which is undefined.
+        if (busy_.exchange(true, std::memory_order_acquire)) return false;
         {
             std::lock_guard<std::mutex> lock(mutex_);
             grow(job.free_slots);
@@ -48,6 +48,8 @@ public:
         std::unique_lock<std::mutex> lock(mutex_);
         current_ = nullptr;
         done_.wait(lock, [&] { return job.active == 0; });
+        lock.unlock();
+        busy_.store(false, std::memory_order_release);
         return true;
     }
 
@@ -56,7 +58,7 @@ private:
         while (workers_ < workers) {
             try {
                 std::thread(&Pool::serve, this).detach();
-            } catch (const std::system_error&) {
+            } catch (const std::exception&) {
                 return;
             }
             ++workers_;
@@ -78,7 +80,7 @@ private:
         }
     }
 
-    std::mutex callers_;
+    std::atomic<bool> busy_{false};
     std::mutex mutex_;
     std::condition_variable wake_;
     std::condition_variable done_;
@@ -105,8 +107,8 @@ constexpr int kMaxThreads = 1024;
 
 void parallel_for(std::int64_t tasks, int threads, TaskFunction function, const void* job_data) {
     if (tasks <= 0) return;
-    const int workers = static_cast<int>(std::min<std::int64_t>({tasks, threads, kMaxThreads})) - 1;
-    Job job{function, job_data, tasks, {}, std::max(workers, 0)};
+    const int workers = static_cast<int>(std::min<std::int64_t>({tasks, std::max(threads, 1), kMaxThreads})) - 1;
+    Job job{function, job_data, tasks, {}, workers};
     if (workers > 0 && pool().run(job)) return;
     job.work(0);
 }

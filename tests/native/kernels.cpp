@@ -1,0 +1,334 @@
+// Every kernel on odd sizes, called by several threads at once with several workers each: the bits must be those of a
+// single thread, and no element of a poisoned output may be left. Inputs and outputs lie in blocks of their exact size.
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <functional>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "sharpcore/attention_adjoint.h"
+#include "sharpcore/attention_tangent.h"
+#include "sharpcore/geglu_tangent.h"
+#include "sharpcore/group_norm_silu_tangent.h"
+#include "sharpcore/isa.h"
+#include "sharpcore/layer_norm_tangent.h"
+
+namespace {
+
+using sharpcore::AttentionOperand;
+using Index = std::int64_t;
+
+constexpr Index kCounts[] = {1, 3};
+
+// One call of a kernel: what it is, and how to run it on some threads.
+struct Case {
+    std::string name;
+    std::function<std::vector<char>(int threads)> run;  // returns the bytes of the outputs
+};
+
+template <class T>
+using Tensor = std::shared_ptr<std::vector<T>>;
+
+template <class T>
+Tensor<T> normal(Index size) {
+    static std::mt19937 generator(0);
+    std::normal_distribution<T> distribution;
+    auto tensor = std::make_shared<std::vector<T>>(size);
+    for (T& entry : *tensor) entry = distribution(generator);
+    return tensor;
+}
+
+// An output filled with NaN, whose bytes are kept once they are all finite.
+template <class T>
+class Output {
+public:
+    explicit Output(Index size) : entries_(size, std::nan("")) {}
+    T* data() { return entries_.data(); }
+    void append_to(std::vector<char>& bytes) const {
+        for (T entry : entries_) CHECK(std::isfinite(entry));
+        const char* begin = reinterpret_cast<const char*>(entries_.data());
+        bytes.insert(bytes.end(), begin, begin + entries_.size() * sizeof(T));
+    }
+
+private:
+    std::vector<T> entries_;
+};
+
+template <class T>
+void set_type(bool& float64) {
+    float64 = sizeof(T) == sizeof(double);
+}
+
+template <class T>
+void add_group_norm(std::vector<Case>& cases, Index channels, Index groups, Index positions, bool channels_last,
+                    bool silu) {
+    for (Index count : kCounts) {
+        const Index batch = 2, size = channels * positions;
+        const auto x = normal<T>(batch * size), vectors = normal<T>(count * batch * size);
+        const auto mean = normal<T>(batch * groups), rstd = normal<T>(batch * groups);
+        const auto weight = normal<T>(channels), bias = normal<T>(channels);
+        for (bool adjoint : {false, true})
+            cases.push_back({"group_norm_silu", [=](int threads) {
+                                 Output<T> out(count * batch * size);
+                                 sharpcore::GroupNormSiluArguments a{};
+                                 a.out = out.data();
+                                 a.vectors = vectors->data();
+                                 a.x = x->data();
+                                 a.mean = mean->data();
+                                 a.rstd = rstd->data();
+                                 a.weight = silu ? weight->data() : nullptr;
+                                 a.bias = silu ? bias->data() : nullptr;
+                                 set_type<T>(a.float64);
+                                 a.count = count;
+                                 a.batch = batch;
+                                 a.channels = channels;
+                                 a.positions = positions;
+                                 a.groups = groups;
+                                 a.out_count_stride = a.vector_count_stride = batch * size;
+                                 a.out_batch_stride = a.vector_batch_stride = a.x_batch_stride = size;
+                                 a.channels_last = channels_last;
+                                 a.silu = silu;
+                                 a.threads = threads;
+                                 if (adjoint)
+                                     SHARPCORE_CALL_KERNEL(group_norm_silu_adjoint, a);
+                                 else
+                                     SHARPCORE_CALL_KERNEL(group_norm_silu_tangent, a);
+                                 std::vector<char> bytes;
+                                 out.append_to(bytes);
+                                 return bytes;
+                             }});
+    }
+}
+
+template <class T>
+void add_layer_norm(std::vector<Case>& cases, Index rows, Index size, bool columns, bool weighted) {
+    for (Index count : kCounts) {
+        const Index batch = columns ? 2 : 1, all = batch * rows * size;
+        const auto x = normal<T>(all), vectors = normal<T>(count * all), weight = normal<T>(size);
+        const auto mean = normal<T>(batch * rows), rstd = normal<T>(batch * rows);
+        for (bool adjoint : {false, true})
+            cases.push_back({"layer_norm", [=](int threads) {
+                                 Output<T> out(count * all);
+                                 sharpcore::LayerNormArguments a{};
+                                 a.out = out.data();
+                                 a.vectors = vectors->data();
+                                 a.x = x->data();
+                                 a.mean = mean->data();
+                                 a.rstd = rstd->data();
+                                 a.weight = weighted ? weight->data() : nullptr;
+                                 set_type<T>(a.float64);
+                                 a.columns = columns;
+                                 a.count = count;
+                                 a.batch = batch;
+                                 a.rows = rows;
+                                 a.size = size;
+                                 a.vector_count_stride = all;
+                                 a.vector_batch_stride = rows * size;
+                                 a.threads = threads;
+                                 if (adjoint)
+                                     SHARPCORE_CALL_KERNEL(layer_norm_adjoint, a);
+                                 else
+                                     SHARPCORE_CALL_KERNEL(layer_norm_tangent, a);
+                                 std::vector<char> bytes;
+                                 out.append_to(bytes);
+                                 return bytes;
+                             }});
+    }
+}
+
+template <class T>
+void add_geglu(std::vector<Case>& cases, Index rows, Index columns, bool tanh) {
+    for (Index count : kCounts) {
+        const auto projection = normal<T>(rows * 2 * columns);
+        for (bool adjoint : {false, true}) {
+            const Index in = rows * columns * (adjoint ? 1 : 2), outs = rows * columns * (adjoint ? 2 : 1);
+            const auto vectors = normal<T>(count * in);
+            cases.push_back({"geglu", [=](int threads) {
+                                 Output<T> out(count * outs);
+                                 sharpcore::GegluArguments a{};
+                                 a.out = out.data();
+                                 a.vectors = vectors->data();
+                                 a.projection = projection->data();
+                                 set_type<T>(a.float64);
+                                 a.tanh = tanh;
+                                 a.count = count;
+                                 a.rows = rows;
+                                 a.columns = columns;
+                                 a.out_count_stride = outs;
+                                 a.vector_count_stride = in;
+                                 a.threads = threads;
+                                 if (adjoint)
+                                     SHARPCORE_CALL_KERNEL(geglu_adjoint, a);
+                                 else
+                                     SHARPCORE_CALL_KERNEL(geglu_tangent, a);
+                                 std::vector<char> bytes;
+                                 out.append_to(bytes);
+                                 return bytes;
+                             }});
+        }
+    }
+}
+
+struct AttentionSizes {
+    Index heads, rows, keys, width, value_width;
+};
+
+template <class T>
+class Attention {
+public:
+    Attention(AttentionSizes sizes, bool masked)
+        : sizes_(sizes),
+          q_(normal<T>(size_of(sizes.rows, sizes.width))),
+          k_(normal<T>(size_of(sizes.keys, sizes.width))),
+          v_(normal<T>(size_of(sizes.keys, sizes.value_width))),
+          out_(normal<T>(size_of(sizes.rows, sizes.value_width))),
+          lse_(normal<T>(kBatch * sizes.heads * sizes.rows)),
+          mask_(masked ? normal<T>(sizes.rows * sizes.keys) : nullptr) {}
+
+    static constexpr Index kBatch = 2;
+
+    Index size_of(Index rows, Index width) const { return kBatch * sizes_.heads * rows * width; }
+
+    // Memory is [count, batch, rows, heads, width], as the projections of a transformer leave it.
+    AttentionOperand operand(const T* data, Index rows, Index width) const {
+        return {data, size_of(rows, width), rows * sizes_.heads * width, width, sizes_.heads * width};
+    }
+
+    sharpcore::AttentionPrimal primal() const {
+        sharpcore::AttentionPrimal p{};
+        p.q = operand(q_->data(), sizes_.rows, sizes_.width);
+        p.k = operand(k_->data(), sizes_.keys, sizes_.width);
+        p.v = operand(v_->data(), sizes_.keys, sizes_.value_width);
+        p.out = operand(out_->data(), sizes_.rows, sizes_.value_width);
+        p.lse = lse_->data();
+        p.lse_batch_stride = sizes_.heads * sizes_.rows;
+        p.lse_head_stride = sizes_.rows;
+        p.lse_row_stride = 1;
+        p.mask = mask_ == nullptr ? nullptr : mask_->data();
+        p.mask_row_stride = sizes_.keys;
+        p.mask_key_stride = 1;
+        p.scale = 0.2;
+        set_type<T>(p.float64);
+        p.batch = kBatch;
+        p.heads = sizes_.heads;
+        p.rows = sizes_.rows;
+        p.keys = sizes_.keys;
+        p.width = sizes_.width;
+        p.value_width = sizes_.value_width;
+        return p;
+    }
+
+private:
+    AttentionSizes sizes_;
+    Tensor<T> q_, k_, v_, out_, lse_, mask_;
+};
+
+// `parts`: whether q, k and v have tangents, or are wanted.
+template <class T>
+void add_attention(std::vector<Case>& cases, AttentionSizes s, bool masked, std::vector<bool> parts) {
+    const Attention<T> attention(s, masked);
+    for (Index count : kCounts) {
+        const Index rows = count * attention.size_of(s.rows, 1), keys = count * attention.size_of(s.keys, 1);
+        const auto dq = normal<T>(rows * s.width), dk = normal<T>(keys * s.width), dv = normal<T>(keys * s.value_width),
+                   cotangent = normal<T>(rows * s.value_width);
+        cases.push_back({"attention_tangent", [=](int threads) {
+                             Output<T> result(rows * s.value_width);
+                             sharpcore::AttentionTangentArguments a{};
+                             a.primal = attention.primal();
+                             a.result = attention.operand(result.data(), s.rows, s.value_width);
+                             if (parts[0]) a.dq = attention.operand(dq->data(), s.rows, s.width);
+                             if (parts[1]) a.dk = attention.operand(dk->data(), s.keys, s.width);
+                             if (parts[2]) a.dv = attention.operand(dv->data(), s.keys, s.value_width);
+                             a.count = count;
+                             a.threads = threads;
+                             SHARPCORE_CALL_KERNEL(attention_tangent, a);
+                             std::vector<char> bytes;
+                             result.append_to(bytes);
+                             return bytes;
+                         }});
+        cases.push_back({"attention_adjoint", [=](int threads) {
+                             Output<T> grad_q(parts[0] ? rows * s.width : 0), grad_k(parts[1] ? keys * s.width : 0),
+                                 grad_v(parts[2] ? keys * s.value_width : 0);
+                             sharpcore::AttentionAdjointArguments a{};
+                             a.primal = attention.primal();
+                             a.cotangent = attention.operand(cotangent->data(), s.rows, s.value_width);
+                             if (parts[0]) a.grad_q = attention.operand(grad_q.data(), s.rows, s.width);
+                             if (parts[1]) a.grad_k = attention.operand(grad_k.data(), s.keys, s.width);
+                             if (parts[2]) a.grad_v = attention.operand(grad_v.data(), s.keys, s.value_width);
+                             a.count = count;
+                             a.threads = threads;
+                             SHARPCORE_CALL_KERNEL(attention_adjoint, a);
+                             std::vector<char> bytes;
+                             for (const Output<T>* grad : {&grad_q, &grad_k, &grad_v}) grad->append_to(bytes);
+                             return bytes;
+                         }});
+    }
+}
+
+template <class T>
+void add_cases(std::vector<Case>& cases) {
+    for (bool channels_last : {false, true}) {
+        add_group_norm<T>(cases, 8, 4, 1, channels_last, true);
+        add_group_norm<T>(cases, 33, 11, 7, channels_last, true);
+        add_group_norm<T>(cases, 64, 2, 77, channels_last, false);
+        add_group_norm<T>(cases, 160, 32, 33, channels_last, true);
+        add_layer_norm<T>(cases, 7, 1, channels_last, true);
+        add_layer_norm<T>(cases, 33, 59, channels_last, true);
+        add_layer_norm<T>(cases, 77, 111, channels_last, false);
+    }
+    add_layer_norm<T>(cases, 1, 1025, false, true);
+    for (bool tanh : {false, true}) {
+        add_geglu<T>(cases, 1, 1, tanh);
+        add_geglu<T>(cases, 33, 77, tanh);
+        add_geglu<T>(cases, 7, 2100, tanh);
+    }
+    add_attention<T>(cases, {2, 1, 1, 1, 1}, false, {true, true, true});
+    add_attention<T>(cases, {2, 33, 77, 8, 8}, true, {true, false, false});
+    add_attention<T>(cases, {1, 77, 7, 40, 11}, false, {false, true, true});
+    add_attention<T>(cases, {3, 77, 33, 59, 64}, false, {true, true, false});
+    // Heads enough for attention_adjoint to gather grad_q along keys.
+    add_attention<T>(cases, {5, 33, 65, 7, 17}, false, {true, true, true});
+    add_attention<T>(cases, {4, 65, 33, 16, 8}, true, {true, false, true});
+}
+
+}  // namespace
+
+int main() {
+    try {
+        sharpcore::active_isa();
+    } catch (const std::exception& error) {
+        std::puts(error.what());
+        return 77;
+    }
+    std::vector<Case> cases;
+    add_cases<float>(cases);
+    add_cases<double>(cases);
+    std::vector<std::vector<char>> expected;
+    for (const Case& one : cases) expected.push_back(one.run(1));
+
+    const std::size_t callers = 3, stride = 7;
+    std::vector<std::thread> threads;
+    for (std::size_t caller = 0; caller < callers; ++caller)
+        threads.emplace_back([&, caller] {
+            // Callers begin at different cases, so that different kernels meet, and the same ones as well.
+            for (std::size_t i = 0; i < cases.size(); ++i) {
+                const std::size_t which = (i + caller / 2 * stride) % cases.size();
+                for (int workers : {2, 5}) {
+                    if (cases[which].run(workers) == expected[which]) continue;
+                    std::fprintf(stderr, "%s, case %zu: other bits with %d threads\n", cases[which].name.c_str(), which,
+                                 workers);
+                    std::abort();
+                }
+            }
+        });
+    for (std::thread& thread : threads) thread.join();
+    std::printf("kernels: %zu cases on %s, the bits of one thread\n", cases.size(),
+                sharpcore::isa_name(sharpcore::active_isa()));
+}
