@@ -43,6 +43,9 @@ __all__ = [
     "hessian_eigenthings",
     "oracle_vjp",
     "torch_linearize",
+    "traced_double_backward",
+    "traced_forward_mode",
+    "traced_vmap_jvp",
     "vmap_jvp",
 ]
 
@@ -121,6 +124,46 @@ def compiled_forward_mode(f: TensorFunction, x: Tensor) -> Products:
 def compiled_vmap_jvp(f: TensorFunction, x: Tensor) -> Products:
     """vmap(jvp) inside of the compiled function."""
     return _math(torch.compile(vmap_jvp(f, x)))
+
+
+def traced_forward_mode(f: TensorFunction, x: Tensor) -> Products:
+    """torch.func.jvp recorded by make_fx, which Dynamo need not understand then, and compiled."""
+    product = _traced(lambda point, tangent: torch.func.jvp(f, (point,), (tangent,))[1])
+    return _math(lambda tangents: torch.stack([product(x, tangent) for tangent in tangents]))
+
+
+def traced_vmap_jvp(f: TensorFunction, x: Tensor) -> Products:
+    """vmap(jvp) recorded by make_fx and compiled."""
+    products = _traced(
+        lambda point, tangents: torch.func.vmap(lambda v: torch.func.jvp(f, (point,), (v,))[1])(tangents)
+    )
+    return _math(lambda tangents: products(x, tangents))
+
+
+def traced_double_backward(f: TensorFunction, x: Tensor) -> Products:
+    """The derivative of u -> J^T u recorded by make_fx, both backward passes in one graph, and compiled."""
+
+    def product(point: Tensor, tangent: Tensor) -> Tensor:
+        _, pull = torch.func.vjp(f, point)
+        _, push = torch.func.vjp(lambda u: pull(u)[0], torch.zeros_like(tangent))
+        return push(tangent)[0]
+
+    traced = _traced(product)
+    return _math(lambda tangents: torch.stack([traced(x, tangent) for tangent in tangents]))
+
+
+def _traced(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Records in its first call, and compiles what it recorded."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    found: list[Callable[..., Tensor]] = []
+
+    def run(*arguments: Tensor) -> Tensor:
+        if not found:
+            found.append(torch.compile(make_fx(function)(*arguments)))
+        return found[0](*arguments)
+
+    return run
 
 
 def compiled_torch_linearize(f: TensorFunction, x: Tensor) -> Products:

@@ -58,7 +58,7 @@ def _low_forward_mode(problem: Problem) -> Run:
 
 
 def _compiled(make: Callable[..., Any], kind: str = "product", count: int = 1) -> Candidate:
-    return Candidate(_rival(make, count), kind, count, compiled=True)
+    return Candidate(_rival(make, count), kind, per=count, compiled=True)
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -93,6 +93,9 @@ CANDIDATES: dict[str, Candidate] = {
     "torch.func.jvp, compiled": _compiled(baselines.compiled_forward_mode),
     "double-backward jvp, compiled": _compiled(baselines.compiled_double_backward),
     "vmap(jvp), K=8, per tangent, compiled": _compiled(baselines.compiled_vmap_jvp, count=8),
+    "torch.func.jvp, make_fx, compiled": _compiled(baselines.traced_forward_mode),
+    "double-backward jvp, make_fx, compiled": _compiled(baselines.traced_double_backward),
+    "vmap(jvp), K=8, per tangent, make_fx, compiled": _compiled(baselines.traced_vmap_jvp, count=8),
     "torch.func.linearize, product, compiled": _compiled(baselines.compiled_torch_linearize),
     "autograd vjp, with its forward, compiled": _compiled(baselines.compiled_vjp, "pulled"),
 }

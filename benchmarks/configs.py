@@ -79,7 +79,9 @@ class Pair:
     def to(self, dtype: torch.dtype) -> Pair:
         """The same network in another dtype, all of it; this one's module is copied first."""
         moved = self.inputs(dtype)
-        return Pair(copy.deepcopy(self.unet).to(dtype), moved.x, moved.timestep, moved.prompt, moved.added)
+        # diffusers' own `to` warns about casts.
+        unet = nn.Module.to(copy.deepcopy(self.unet), dtype)
+        return Pair(unet, moved.x, moved.timestep, moved.prompt, moved.added)
 
 
 def micro() -> Pair:

@@ -55,7 +55,8 @@ def add_compiled(table: Table, problem: Problem, names: Iterable[str], turns: in
             result = run(problem.network, problem.options, name, turns=turns, limit=limit, truth=truth)
             row = table.add_row(name, per=CANDIDATES[name].per, status=result["status"])
             row.seconds, row.units = result.get("seconds", []), result.get("units", [])
-            row.error, row.peak_mib = result.get("error"), result.get("peak_mib")
+            # Its peak is that of the compiler, and no row shows it.
+            row.error = result.get("error")
             if "first_s" in result:
                 compilation = table.add_row(f"{name}: first call (compilation)")
                 compilation.seconds, compilation.units = [result["first_s"]], result["units"][:1]

@@ -15,6 +15,7 @@ from sharpcore.memory import available_bytes
 
 Run = Callable[[], Any]
 OK = "ok"
+HEADING = 45  # characters
 
 
 @dataclass
@@ -70,9 +71,10 @@ def quartiles(values: list[float]) -> tuple[float | None, float | None, float | 
 
 
 def why(error: BaseException) -> str:
-    """The type and the first line of an exception."""
-    lines = str(error).strip().splitlines()
-    return f"failed: {type(error).__name__}: {lines[0][:200]}" if lines else f"failed: {type(error).__name__}"
+    """The type and the first line of an exception, with the second where the first is a mere heading."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2] if lines and len(lines[0]) < HEADING else lines[:1])
+    return f"failed: {type(error).__name__}: {text[:300]}" if text else f"failed: {type(error).__name__}"
 
 
 def timed(run: Run) -> tuple[float, Any]:

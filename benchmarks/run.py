@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--turns", type=int, help="how often each candidate runs (default: 5; quick: 3)")
     parser.add_argument("--threads", type=int, help="OMP_NUM_THREADS (default: as set, or all cores)")
     parser.add_argument("--save-results", action="store_true", help="write rows to benchmarks/results/")
+    parser.add_argument("--compile-limit", type=float, help="seconds for each torch.compile candidate (300)")
     asked = parser.parse_args(arguments)
     failures = 0
     for name in asked.sections:
@@ -79,8 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(name: str, section: Section, asked: argparse.Namespace) -> int:
     threads = section.threads or asked.threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     turns = asked.turns or (QUICK_TURNS if name == "quick" else None)
-    command = ["-m", "pytest", *section.arguments, "-s", "-q", "--benchmark-disable-gc", "--no-header"]
+    command = ["-m", "pytest", *section.arguments, "-s", "-q", "--benchmark-quiet", "--no-header"]
     command += [] if turns is None else ["--turns", str(turns)]
+    command += [] if asked.compile_limit is None else ["--compile-limit", str(asked.compile_limit)]
     command += ["--save-results"] if asked.save_results else []
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": path}

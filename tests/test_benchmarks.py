@@ -39,11 +39,14 @@ def problem() -> Problem:
 
 # Of packages that are optional.
 OPTIONAL = ("curvlinops", "hessian-eigenthings")
+LOW = tuple(name for name in CANDIDATES if name.startswith("bfloat16"))
+SINGLE = tuple(name for name in CANDIDATES if name not in (*COMPILED, *LOW))
 
 
-def test_every_candidate_gives_its_product_or_says_why_not(problem: Problem) -> None:
+@pytest.mark.parametrize("names", [SINGLE, ("forward", *LOW)], ids=["float32", "bfloat16"])
+def test_every_candidate_gives_its_product(problem: Problem, names: tuple[str, ...]) -> None:
     table = Table("micro", turns=2)
-    add(table, problem, *(name for name in CANDIDATES if name not in COMPILED))
+    add(table, problem, *names)
     table.measure()
     for record in table.records():
         if record["what"].startswith(OPTIONAL) and "ModuleNotFoundError" in record["status"]:
@@ -82,7 +85,7 @@ def test_a_ratio_is_the_median_over_the_turns() -> None:
 
 def test_failures_are_rows_that_say_why() -> None:
     def fail() -> None:
-        raise ValueError("first line\nsecond line")
+        raise ValueError("a line that says all that one has to know\nand a second")
 
     answers = iter([None])
     table = Table("failures", turns=2)
@@ -96,12 +99,12 @@ def test_failures_are_rows_that_say_why() -> None:
     table.measure()
     status = {row.what: row.status for row in table.rows}
     assert status["unit"] == OK
-    assert status["at once"] == status["in set-up"] == "failed: ValueError: first line"
-    assert status["its set-up"] == "failed: ValueError: first line"
+    why = "failed: ValueError: a line that says all that one has to know"
+    assert status["at once"] == status["in set-up"] == status["its set-up"] == why
     assert status["later"] == "failed: StopIteration"
     assert re.fullmatch(r"skipped: needs 1000000000\.0 GiB, \d+\.\d free", status["too large"])
     assert status["measured against it"] == "skipped: the unit 'a unit that fails' did not run"
-    assert "failed: ValueError: first line" in str(table)
+    assert why in str(table)
 
 
 def test_peak_memory_comes_from_a_process_of_its_own(problem: Problem) -> None:
