@@ -26,9 +26,10 @@ class Branch:
     the same batch size cost a forward pass and no new trace.
     """
 
-    def __init__(self, network: Callable[..., Any], backend: str) -> None:
+    def __init__(self, network: Callable[..., Any], backend: str, precision: str) -> None:
         self.network = network
         self.backend = backend
+        self.precision = precision
         self._linearization: Linearization | None = None
         self._layout: Any = None
 
@@ -45,7 +46,9 @@ class Branch:
         def prediction(x: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
             return predict(self.network, x, timestep, _rebuild(conditioning, iter(tensors)))
 
-        self._linearization = linearize(prediction, x, timestep, *tensors, backend=self.backend)
+        self._linearization = linearize(
+            prediction, x, timestep, *tensors, backend=self.backend, precision=self.precision
+        )
         self._layout = layout
         return self._linearization
 

@@ -13,6 +13,7 @@ from sharpcore.backends import get_backend
 from sharpcore.branches import Branch, make_evidence, no_product, pair_product, predict, scale_model_input
 from sharpcore.detect import compute_metrics, make_metrics
 from sharpcore.errors import InvalidInput, UnsupportedModel
+from sharpcore.lowering import check_precision
 from sharpcore.score import UNITS
 from sharpcore.table import ScoreTable
 
@@ -34,7 +35,7 @@ class SharpnessCallback:
         given.
     latents
         The initial latents [B, C, H, W] that are passed to the pipeline, needed for step 0 only.
-    metrics, units, squared, backend
+    metrics, units, squared, backend, precision
         As in `SharpnessScorer`.
     threshold
         Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is
@@ -59,6 +60,7 @@ class SharpnessCallback:
         threshold: float | None = None,
         threshold_metric: str | None = None,
         backend: str = "auto",
+        precision: str = "float32",
     ) -> None:
         text.check_pipeline(pipe)
         given = [steps] if isinstance(steps, int) else steps
@@ -81,6 +83,7 @@ class SharpnessCallback:
         if threshold is not None and not (isinstance(threshold, (int, float)) and threshold == threshold):
             raise InvalidInput(f"threshold: expected a number; got {threshold!r}")
         get_backend(backend, device="cpu", dtype=torch.float32)
+        check_precision(precision, pipe.unet.dtype)
         self.pipe = pipe
         self.steps = frozenset(steps)
         self.units = units
@@ -92,6 +95,7 @@ class SharpnessCallback:
         self.stopped_at: int | None = None
         self.rows: list[dict[str, Any]] = []
         self._backend = backend
+        self._precision = precision
         self._first = latents
         self._forget()
         #: What to pass as callback_on_step_end_tensor_inputs.
@@ -143,7 +147,7 @@ class SharpnessCallback:
             )
 
     def _forget(self) -> None:
-        self._branch = Branch(self.pipe.unet, self._backend)
+        self._branch = Branch(self.pipe.unet, self._backend, self._precision)
         self._unconditional: text.Conditioning | None = None
 
     @torch.no_grad()

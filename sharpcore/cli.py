@@ -79,6 +79,7 @@ class Scoring:
         True
     )
     backend: Annotated[str, _option("auto, or one that `sharpcore doctor` lists.")] = "auto"
+    precision: Annotated[str, _option("Of the products: float32 or bfloat16.")] = "float32"
     memory_budget: Annotated[str | None, _option('Memory for a batch, e.g. "8GiB".')] = None
     height: Annotated[int | None, _option("Image height in pixels; default: the model's.")] = None
     width: Annotated[int | None, _option("Image width in pixels; default: the model's.")] = None
@@ -280,6 +281,8 @@ def _score(prompts: Sequence[PromptRow], output: Path, scoring: Scoring) -> None
         "version": __version__,
         "model": f"{name} {_fingerprint(folder)}",
         "dtype": scoring.dtype,
+        "backend": scoring.backend,
+        "precision": scoring.precision,
         "seeds": seeds,
         "steps": steps,
         "num_inference_steps": scoring.num_inference_steps,
@@ -295,6 +298,7 @@ def _score(prompts: Sequence[PromptRow], output: Path, scoring: Scoring) -> None
         num_inference_steps=scoring.num_inference_steps,
         guidance_scale=scoring.guidance,
         backend=scoring.backend,
+        precision=scoring.precision,
         memory_budget=budget,
     )
     with Journal(output, settings, prompts, resume=scoring.resume, overwrite=scoring.overwrite) as journal:

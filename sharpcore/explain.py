@@ -3,96 +3,107 @@ it takes."""
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+from sharpcore.lowering import Float32
+from sharpcore.rules import LinearMap, storage_of
 
 if TYPE_CHECKING:
     from sharpcore.program import Program
-    from sharpcore.rules import LinearMap
-
-_ROUNDS = 3
 
 
-def explain(
-    program: Program,
-    maps: Sequence[LinearMap | None] | None,
-    seconds: Sequence[float] | None = None,
-    k: int = 1,
-) -> str:
-    """One line an instruction: operation, linear map, output shape, bytes kept, FLOPs of k tangents, module.
+@dataclass(frozen=True)
+class Cost:
+    """What the map of one instruction keeps and computes."""
 
-    `seconds` are the times of the instructions, from `time_instructions`; with them come a column of
-    milliseconds and a summary by kind of map.
+    kind: str
+    kept: int  # bytes, what an earlier instruction keeps not counted again
+    flops: tuple[int, int]  # for one tangent, and for each further one
+    recomputed: bool = False
+
+    def flops_of(self, k: int) -> int:
+        """FLOPs of matrix products for k tangents."""
+        return self.flops[0] + (k - 1) * self.flops[1]
+
+
+def cost_of(instruction: LinearMap, seen: set[int], *, recomputed: bool = False) -> Cost:
+    """The cost of a map; `seen` is the memory that other maps keep, and grows by its own."""
+    kept = 0
+    for _, tensor in instruction.residuals():
+        key, size = storage_of(tensor)
+        if key not in seen:
+            seen.add(key)
+            kept += size
+    inner = instruction.inner if isinstance(instruction, Float32) else instruction
+    kind = type(inner).__name__ + (" in float32" if inner is not instruction else "")
+    one = instruction.flops(1)
+    return Cost(kind, kept, (one, instruction.flops(2) - one), recomputed)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds of the instructions of one product, by node; views take no time and are left out."""
+
+    k: int
+    transposed: bool
+    seconds: dict[int, float]
+
+
+def explain(program: Program, k: int | None = None) -> str:
+    """One line an instruction: operation, linear map, output shape, bytes kept, FLOPs and time of k tangents,
+    module.
+
+    The time is that of the last product; without k its number of tangents is taken, or 1 where there was
+    none yet.
     """
+    timing = program.timing
+    if timing is not None and k not in (None, timing.k):
+        timing = None
+    k = k or (timing.k if timing else 1)
     header = ["#", "operation", "linear map", "output", "kept MB", "MFLOP"]
-    header += ["ms"] if seconds is not None else []
+    header += ["ms"] if timing is not None else []
     rows = [[*header, "module"]]
-    seen: set[int] = set()
-    kinds: dict[str, list[float]] = {}
-    total_bytes = total_flops = 0
     for number, step in enumerate(program.steps):
-        node = program.nodes[step.node]
-        instruction = None if maps is None else maps[step.node]
-        kept = flops = 0
-        kind = ""
-        if instruction is not None:
-            kind = type(instruction).__name__
-            flops = instruction.flops(k)
-            for _, tensor in instruction.residuals():
-                storage = tensor.untyped_storage()
-                if storage._cdata not in seen:
-                    seen.add(storage._cdata)
-                    kept += storage.nbytes()
-        total_bytes += kept
-        total_flops += flops
+        node, cost = program.nodes[step.node], program.costs[number]
         shape = "x".join(map(str, node.shapes[0]))
-        row = [str(number), node.name, kind, shape, f"{kept / 1e6:.2f}", f"{flops / 1e6:.2f}"]
-        if seconds is not None:
-            row.append(f"{seconds[number] * 1e3:.2f}")
-            kinds.setdefault(kind, []).append(seconds[number])
+        kept = "recomputed" if cost.recomputed else f"{cost.kept / 1e6:.2f}"
+        row = [str(number), node.name, cost.kind, shape, kept, f"{cost.flops_of(k) / 1e6:.2f}"]
+        if timing is not None:
+            row.append(f"{timing.seconds.get(step.node, 0.0) * 1e3:.2f}")
         rows.append([*row, node.module])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     lines = [
         "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
         for row in rows
     ]
-    replay = "replayed" if program.replayable else "traced anew (control flow reads values)"
-    lines.append(
-        f"{len(program.steps)} instructions of {len(program.nodes)} recorded operations; "
-        f"{total_bytes / 1e6:.1f} MB kept; {total_flops / 1e9:.3f} GFLOP of products for K = {k}; "
-        f"at a new point the program is {replay}"
-    )
-    if seconds is not None:
-        total = sum(seconds) or 1.0
-        lines.append(f"{total * 1e3:.1f} ms for K = {k}:")
-        for kind, times in sorted(kinds.items(), key=lambda item: -sum(item[1])):
-            share = sum(times) / total
-            lines.append(f"  {kind:<16}{len(times):>5} x {sum(times) * 1e3:>10.2f} ms {share:>7.1%}")
+    lines += [_summary(program, k), *program.notes]
+    if timing is not None:
+        lines += _kinds(program, timing)
     return "\n".join(lines)
 
 
-def time_instructions(
-    program: Program, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor
-) -> list[float]:
-    """Seconds of each instruction in a jvp with these tangents, the median of a few rounds."""
-    synchronize = torch.cuda.synchronize if tangent.device.type == "cuda" else lambda: None
-    rounds: list[list[float]] = []
-    for _ in range(_ROUNDS):
-        values: dict[int, Tensor] = {program.x: tangent}
-        times = []
-        for step in program.steps:
-            synchronize()
-            start = time.perf_counter()
-            outs = maps[step.node].jvp(kernels, [values[v] for v in step.inputs])  # type: ignore[union-attr]
-            synchronize()
-            times.append(time.perf_counter() - start)
-            values.update((v, out) for v, out in zip(step.outputs, outs, strict=False) if v is not None)
-            for value in step.dead:
-                values.pop(value, None)
-        rounds.append(times)
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+def _summary(program: Program, k: int) -> str:
+    replay = "replayed" if program.replayable else "traced anew (control flow reads values)"
+    return (
+        f"{len(program.steps)} instructions of {len(program.nodes)} recorded operations; "
+        f"{sum(cost.kept for cost in program.costs) / 1e6:.1f} MB kept; "
+        f"{sum(cost.flops_of(k) for cost in program.costs) / 1e9:.3f} GFLOP of products for K = {k}; "
+        f"at a new point the program is {replay}"
+    )
+
+
+def _kinds(program: Program, timing: Timing) -> list[str]:
+    """The time by kind of map."""
+    kinds: dict[str, list[float]] = {}
+    for step, cost in zip(program.steps, program.costs, strict=True):
+        kinds.setdefault(cost.kind, []).append(timing.seconds.get(step.node, 0.0))
+    total = sum(map(sum, kinds.values())) or 1.0
+    product = "transposed product" if timing.transposed else "product"
+    lines = [f"{total * 1e3:.1f} ms for K = {timing.k}, in the last {product}:"]
+    by_time: Sequence[tuple[str, list[float]]] = sorted(kinds.items(), key=lambda item: -sum(item[1]))
+    for kind, times in by_time:
+        share = sum(times) / total
+        lines.append(f"  {kind:<16}{len(times):>5} x {sum(times) * 1e3:>10.2f} ms {share:>7.1%}")
+    return lines

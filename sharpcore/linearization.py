@@ -3,21 +3,32 @@ tangents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpcore.backends import get_backend
+from sharpcore.budget import choose_segments
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.explain import explain, time_instructions
+from sharpcore.explain import cost_of
+from sharpcore.lowering import Lowering
 from sharpcore.program import Program
-from sharpcore.rules import LinearMap, load_rules
+from sharpcore.residuals import Dropped, Residuals, Segment, kept_bytes
+from sharpcore.rules import LinearMap, storage_of
 from sharpcore.trace import trace
+from sharpcore.workspace import Workspace
 
 
-def linearize(f: Callable[..., Tensor], x: Tensor, *bound: Tensor, backend: str = "auto") -> Linearization:
+def linearize(
+    f: Callable[..., Tensor],
+    x: Tensor,
+    *bound: Tensor,
+    backend: str = "auto",
+    precision: str = "float32",
+    memory_budget: int | None = None,
+) -> Linearization:
     """Evaluate f(x, *bound) once and return its value with its exact Jacobian in x, as a linear operator.
 
     Parameters
@@ -33,17 +44,28 @@ def linearize(f: Callable[..., Tensor], x: Tensor, *bound: Tensor, backend: str 
         they carry no tangent.
     backend
         "auto", "reference" or "cpu": who executes the linear program (see `sharpcore.backends`).
+    precision
+        Of the products with a float32 network. "float32", or "bfloat16": tangents, weights and residuals are
+        rounded to bfloat16 and sums are formed in float32; the value stays as it is. A relative error of
+        about 1e-2 for less time and memory. Networks in another dtype are multiplied with in their own.
+    memory_budget
+        How many bytes may be kept for the derivative beside the network itself, those of the products'
+        workspace not counted. Where that is not enough, parts of the network are run again in every product;
+        `explain` says which. None: everything is kept.
 
     Raises
     ------
     InvalidInput
-        x is not a finite floating-point tensor, or f does not return a tensor.
+        x is not a finite floating-point tensor, f does not return a tensor, the precision is unknown or not
+        one for x's dtype, or the budget is no positive number.
+    OutOfMemory
+        The budget does not even hold one part at a time; the message says how much would do.
     UnsupportedOperation
         f runs an operation whose derivative is not known; the message names it and the module that called it.
     NonFiniteError
         f(x) holds a NaN or an infinity; the message names the operation in which it appeared first.
     """
-    return Linearization(f, x, bound, backend)
+    return Linearization(f, x, bound, backend, precision, memory_budget)
 
 
 class Linearization:
@@ -59,7 +81,15 @@ class Linearization:
         The recorded linear program; it does not depend on the point.
     """
 
-    def __init__(self, f: Callable[..., Tensor], x: Tensor, bound: Sequence[Tensor], backend: str) -> None:
+    def __init__(
+        self,
+        f: Callable[..., Tensor],
+        x: Tensor,
+        bound: Sequence[Tensor],
+        backend: str,
+        precision: str,
+        memory_budget: int | None,
+    ) -> None:
         if not callable(f):
             raise InvalidInput(f"f: expected a callable of one tensor; got {type(f).__name__}")
         _check_point(x, None)
@@ -67,18 +97,93 @@ class Linearization:
             if not isinstance(tensor, Tensor):
                 raise InvalidInput(f"bound[{i}]: expected a tensor; got {type(tensor).__name__}")
         self.backend = get_backend(backend, device=x.device, dtype=x.dtype)
+        if memory_budget is not None and not (_is_count(memory_budget) and memory_budget > 0):
+            raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
+        self.precision = precision
+        self.memory_budget = memory_budget
+        self._lowering = Lowering(precision, x)
+        self._workspace = Workspace()
         self._f = f
         self._trace(x, bound)
 
     def _trace(self, x: Tensor, bound: Sequence[Tensor]) -> None:
-        self.program: Program
-        self._maps: list[LinearMap | None]
         self._ready = False
+        self._workspace.forget()
         with _plain_precision(x):
-            self.program, self._maps, self.value, parameters = trace(self._f, x, bound, self.backend)
-        self._set_point(x, bound)
+            self.program, maps, self.value, parameters = trace(
+                self._f, x, bound, self.backend, self._lowering.unrounded(self.memory_budget)
+            )
+        with torch.inference_mode(False):
+            self.x = x.detach().clone()
+            self._bound = tuple(t.detach().clone() for t in bound)
         self._versions = [*parameters, *_constant_versions(self.program)]
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
+            self._keep(maps)
         self._arrive()
+
+    def _keep(self, maps: list[LinearMap | None]) -> None:
+        """Lower what the trace left, and choose what to recompute where that is more than the budget."""
+        budget, segments = self.memory_budget, []
+        if budget is not None:
+            kept = [self._lowering.rounded(size) for size in kept_bytes(self.program, maps)]
+            weights = self._lowering.weight_bytes(maps)
+            if sum(kept) + weights > budget and not self._lowering.rounds:
+                self._lowering.packs, weights = False, 0
+            inputs = max(t.nbytes for t in (self.x, *self._bound))
+            segments = choose_segments(self.program, kept, inputs, weights, budget)
+        self._residuals = Residuals(maps, segments, self._recompute)
+        missing = bool(segments)
+        for index, instruction in enumerate(maps):
+            maps[index] = None
+            if isinstance(instruction, Dropped):
+                missing = True
+                self._residuals[index] = None
+            elif instruction is not None:
+                recomputed = self._residuals.recomputes(index) and not self.program.nodes[index].fixed
+                self._residuals[index] = None if recomputed else self._lowering.lower(instruction)
+        if missing:
+            self._replay((self.x, *self._bound))
+        self._describe(segments)
+
+    def _describe(self, segments: Sequence[Segment]) -> None:
+        """Note for `explain` what each instruction keeps and costs, and what was chosen."""
+        program, seen = self.program, set[int]()
+        program.costs = [
+            cost_of(
+                instruction,
+                seen,
+                recomputed=self._residuals.recomputes(step.node) and not program.nodes[step.node].fixed,
+            )
+            for step in program.steps
+            if (instruction := self._residuals[step.node]) is not None
+        ]
+        self._residuals.release()
+        if self._lowering.rounds:
+            program.notes.append("products in bfloat16, summed in float32; residuals stored in bfloat16")
+        if self.memory_budget is not None:
+            chosen = (
+                f"{len(segments)} segments are run again in every product"
+                if segments
+                else "everything is kept"
+            )
+            checkpoints = sum(tensor.nbytes for tensor in self._residuals.checkpoints.values())
+            packed = "" if self._lowering.packs else "; convolution weights are not packed"
+            program.notes.append(
+                f"memory budget {self.memory_budget / 1e6:.1f} MB: {chosen}; "
+                f"checkpoints take {checkpoints / 1e6:.1f} MB{packed}"
+            )
+
+    def _replay(self, inputs: Sequence[Tensor]) -> Tensor | None:
+        """Run the recorded operations; returns the value, None for a constant."""
+        values = dict(zip((self.program.x, *self.program.bound), inputs, strict=True))
+        self._residuals.release()
+        for value, tensor in values.items():
+            self._residuals.offer(value, tensor)
+        self.program.replay(values, self._residuals, self.backend, self._lowering)
+        return None if self.program.output is None else values[self.program.output]
+
+    def _recompute(self, segment: Segment, checkpoints: dict[int, Tensor]) -> dict[int, LinearMap]:
+        return self.program.replay(checkpoints, self._residuals, self.backend, self._lowering, segment)
 
     def _arrive(self) -> None:
         """Allow products at the new point, if the value there is one."""
@@ -86,27 +191,36 @@ class Linearization:
             self._name_non_finite()
         self._ready = True
 
-    def _set_point(self, x: Tensor, bound: Sequence[Tensor]) -> None:
-        with torch.inference_mode(False):
-            self.x = x.detach().clone()
-            self._bound = tuple(t.detach().clone() for t in bound)
-
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensors that are kept for the derivative, weights included where a map refers to
-        them."""
-        return self.residual_bytes()
+        """Bytes of everything that products refer to: residuals, weights and the workspace."""
+        seen = dict(storage_of(tensor) for _, tensor in self._residuals.tensors())
+        return sum(seen.values()) + self._workspace.nbytes
 
-    def residual_bytes(self, besides: Collection[int] = ()) -> int:
-        """Bytes kept for the derivative, each storage once, without those of the given storages (by
-        `_cdata`)."""
-        seen: dict[int, int] = {}
-        for instruction in self._maps:
-            if instruction is not None:
-                for _, tensor in instruction.residuals():
-                    storage = tensor.untyped_storage()
-                    seen[storage._cdata] = storage.nbytes()
-        return sum(size for key, size in seen.items() if key not in besides)
+    @property
+    def residual_bytes(self) -> int:
+        """Bytes that are kept of the point, weights and the workspace not counted."""
+        fixed = self._weights()
+        seen = dict(storage_of(tensor) for _, tensor in self._residuals.tensors())
+        return sum(size for key, size in seen.items() if key not in fixed)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the copies of weights that were made for the products, shared by all linearizations of a
+        network."""
+        return self._lowering.weight_bytes(list(self._residuals.kept()))
+
+    def _weights(self) -> set[int]:
+        """The memory of constants and of copies of them."""
+        found = set()
+        for node, instruction in zip(self.program.nodes, self._residuals.kept(), strict=True):
+            for arg in node.args:
+                for part in arg if isinstance(arg, list) else (arg,):
+                    if isinstance(part, Tensor) and part.layout is torch.strided:
+                        found.add(storage_of(part)[0])
+            if node.fixed and instruction is not None:
+                found.update(storage_of(tensor)[0] for _, tensor in instruction.residuals())
+        return found
 
     def jvp(self, tangents: Tensor) -> Tensor:
         """The Jacobian times K tangents.
@@ -117,12 +231,7 @@ class Linearization:
         """
         self._check_tangents("tangents", tangents, self.x)
         self._check_ready()
-        if self.program.tangent_output is None:
-            return self.value.new_zeros(tangents.shape[0], *self.value.shape)
-        tangents = tangents.detach()
-        with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
-            out = self.program.push(self._maps, self.backend, tangents)
-            return _finished("jvp", out, tangents)
+        return self._product(tangents, transposed=False)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """The transposed Jacobian times K cotangents.
@@ -133,14 +242,24 @@ class Linearization:
         """
         self._check_tangents("cotangents", cotangents, self.value)
         self._check_ready()
-        pulled = None
-        cotangents = cotangents.detach()
-        with torch.inference_mode(False), torch.no_grad(), _plain_precision(cotangents):
-            if self.program.tangent_output is not None:
-                pulled = self.program.pull(self._maps, self.backend, cotangents)
-            if pulled is None:
-                return self.x.new_zeros(cotangents.shape[0], *self.x.shape)
-            return _finished("vjp", pulled, cotangents)
+        return self._product(cotangents, transposed=True)
+
+    def _product(self, vectors: Tensor, *, transposed: bool) -> Tensor:
+        like = self.x if transposed else self.value
+        with torch.inference_mode(False), torch.no_grad(), _plain_precision(vectors):
+            result = torch.empty((vectors.shape[0], *like.shape), dtype=like.dtype, device=like.device)
+            if self.program.tangent_output is None:
+                return result.zero_()
+            vectors = vectors.detach().to(self._lowering.dtype or vectors.dtype)
+            self._workspace.product(
+                self.program, self._residuals, self.backend, vectors, result, transposed=transposed
+            )
+            if not bool(torch.isfinite(result).all()):
+                raise NonFiniteError(
+                    f"{'vjp' if transposed else 'jvp'}: the product is not finite although the vectors and "
+                    "f(x) are: a derivative is infinite at this point, or the product overflows"
+                )
+            return result
 
     def relinearize(self, x: Tensor, *bound: Tensor) -> Linearization:
         """Move this linearization to another point of the same shape, for the price of a forward pass;
@@ -167,28 +286,27 @@ class Linearization:
                 )
                 for old, new in zip((self.x, *self._bound), (x, *bound), strict=True)
             ]
-            value = self.program.replay(inputs, self._maps, load_rules(), self.backend)
+            value = self._replay(inputs)
             if value is not None:
-                self.value = value.clone()
+                self.value = torch.empty_like(self.value).copy_(value)
         self.x, self._bound = inputs[0], tuple(inputs[1:])
         self._arrive()
         return self
 
     def explain(self, k: int | None = None) -> str:
-        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs.
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs, what was chosen
+        for the memory budget, and the time of each in the last product.
 
-        With a number k, each instruction is timed in a jvp with k tangents, and the times are added.
-        Raises InvalidInput when k is not a positive integer.
+        With a number k the times are those of a jvp with k tangents that is made for this. Raises
+        InvalidInput when k is not a positive integer.
         """
-        if k is None:
-            return self.program.explain(self._maps)
-        if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-            raise InvalidInput(f"k: expected a positive integer; got {k!r}")
-        self._check_ready()
-        tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
-        with torch.inference_mode(False), torch.no_grad(), _plain_precision(tangents):
-            seconds = time_instructions(self.program, self._maps, self.backend, tangents)
-        return explain(self.program, self._maps, seconds, k)
+        if k is not None:
+            if not _is_count(k) or k < 1:
+                raise InvalidInput(f"k: expected a positive integer; got {k!r}")
+            tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
+            for _ in range(3):  # the first makes the plan, the second finds caches cold
+                self.jvp(tangents)
+        return self.program.explain(k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:
         if len(bound) != len(self._bound):
@@ -276,20 +394,13 @@ def _check_point(x: Tensor, like: Tensor | None) -> None:
         raise NonFiniteError("x: expected finite numbers; got NaN or infinity")
 
 
+def _is_count(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool)
+
+
 def _plain_precision(x: Tensor) -> Any:
     """No autocast: the precision of the linear program is that of the recorded operations."""
     return torch.autocast(x.device.type, enabled=False)
-
-
-def _finished(name: str, out: Tensor, given: Tensor) -> Tensor:
-    """A checked result whose memory is its own: not the caller's vectors, not a broadcast view."""
-    if not bool(torch.isfinite(out).all()):
-        raise NonFiniteError(
-            f"{name}: the product is not finite although the vectors and f(x) are: "
-            "a derivative is infinite at this point, or the product overflows"
-        )
-    shared = out.untyped_storage()._cdata == given.untyped_storage()._cdata
-    return out.clone() if shared or not out.is_contiguous() else out
 
 
 def _constant_versions(program: Program) -> list[tuple[Tensor, int]]:

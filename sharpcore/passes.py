@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sharpcore.lowering import is_fixed
 from sharpcore.program import Node, Program, Ref, TangentStep
 from sharpcore.rules import Call, Identity, LinearMap, aten
 from sharpcore.rules.norm import GroupNormSilu, group_norm_silu
@@ -117,6 +118,11 @@ def optimize(program: Program, maps: list[LinearMap | None]) -> list[LinearMap |
     maps = [maps[i] if i in linear else None for i in kept]
     for node, instruction in zip(program.nodes, maps, strict=True):
         node.linear = instruction is not None
+        node.fixed = (
+            instruction is not None
+            and is_fixed(instruction)
+            and set(node.refs()) == set(node.active_inputs())
+        )
     _plan_tangents(program, maps)
     _plan_primal(program)
     return maps

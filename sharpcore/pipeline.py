@@ -28,6 +28,7 @@ from sharpcore.detect import Metric, compute_metrics, make_metrics
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
 from sharpcore.linearization import Linearization
+from sharpcore.lowering import check_precision
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, schedule
 from sharpcore.table import ScoreTable
@@ -73,6 +74,9 @@ class SharpnessScorer:
         Classifier-free guidance of the trajectory that leads to steps after the first.
     backend
         Executor of the linear program; see `sharpcore.backends`.
+    precision
+        Of the products with a float32 UNet: "float32" or "bfloat16"; see `sharpcore.linearize`. Predictions,
+        and with them the score difference, are the network's own either way.
     memory_budget
         Bytes that residuals and workspace may take; by default half of what is free on the device.
 
@@ -89,6 +93,7 @@ class SharpnessScorer:
         num_inference_steps: int = 50,
         guidance_scale: float = 7.5,
         backend: str = "auto",
+        precision: str = "float32",
         memory_budget: int | None = None,
     ) -> None:
         text.check_pipeline(pipe)
@@ -97,11 +102,13 @@ class SharpnessScorer:
         if memory_budget is not None and not (_is_number(memory_budget) and memory_budget > 0):
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         get_backend(backend, device="cpu", dtype=torch.float32)
+        check_precision(precision, pipe.unet.dtype)
         schedule(pipe.scheduler, num_inference_steps)
         self.pipe = pipe
         self.num_inference_steps = num_inference_steps
         self.guidance_scale = float(guidance_scale)
         self.backend = backend
+        self.precision = precision
         self.memory_budget = memory_budget
         self._lock = threading.Lock()
         self._most_samples: int | None = None  # in one batch, once memory ran out with more
@@ -328,16 +335,19 @@ class SharpnessScorer:
             None  # the budget and what a sample's residuals take, bytes
         )
         self._shared = _SharedBranch(self)
-        self._conditional = Branch(self.pipe.unet, self.backend)
-        self._pair = Branch(self.pipe.unet, self.backend)
+        self._conditional = self._branch()
+        self._pair = self._branch()
+
+    def _branch(self) -> Branch:
+        return Branch(self.pipe.unet, self.backend, self.precision)
 
     def _learn_memory(self, lin: Linearization) -> None:
         budget: float | None = self.memory_budget
         if budget is None:
             free = available_bytes(self._device)
             budget = math.inf if free is None else free / 2
-        weights = {p.untyped_storage()._cdata for p in self.pipe.unet.parameters()}
-        self._memory = (budget, max(1, lin.residual_bytes(besides=weights)) / lin.x.shape[0])
+        # Copies of weights are shared by all linearizations.
+        self._memory = (budget - lin.weight_bytes, max(1, lin.residual_bytes) / lin.x.shape[0])
 
     def _capacity(self, plan: _Plan) -> int:
         """How many samples one batch may have."""
@@ -518,7 +528,7 @@ class _SharedBranch:
                 self._parts = []
             parts = (seeds[:1], seeds[1:]) if done != seeds[:1] else (seeds[1:],)
             for part in filter(None, parts):
-                lin = Branch(self._scorer.pipe.unet, self._scorer.backend).at(*self._inputs(part, plan))
+                lin = self._scorer._branch().at(*self._inputs(part, plan))
                 if self._scorer._memory is None:
                     self._scorer._learn_memory(lin)
                 self._parts.append((part, lin))

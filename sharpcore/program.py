@@ -3,15 +3,36 @@ it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from sharpcore.rules import Call, LinearMap, Rule
+from sharpcore.explain import Cost, Timing, explain
+from sharpcore.plan import ADD, Log, Plan
+from sharpcore.rules import Call, LinearMap, Rule, aten, load_rules
 from sharpcore.rules.fallback import fallback
+from sharpcore.rules.linear import Convolution
+from sharpcore.rules.pointwise import Sum
+
+if TYPE_CHECKING:
+    from sharpcore.lowering import Lowering
+    from sharpcore.residuals import Residuals, Segment
+
+
+# Nothing is written in place in a program, so a view may as well be a copy: at a replay tensors may lie in
+# memory in another way than they did for f.
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
+# What these give depends on how their operand lies in memory, or fails where it lies otherwise.
+_READ_LAYOUT = {
+    aten.as_strided.default,
+    aten._reshape_alias.default,
+    aten.view.dtype,
+    aten.view_as_complex.default,
+}
 
 
 @dataclass(frozen=True)
@@ -36,7 +57,9 @@ class Node:
     outputs: tuple[int | None, ...]
     module: str
     shapes: tuple[tuple[int, ...], ...] = ()
+    nbytes: tuple[int, ...] = ()  # of the results
     linear: bool = False  # whether a product runs its derivative, so that a replay builds its map
+    fixed: bool = False  # whether that map is the same at every point
 
     def refs(self) -> list[int]:
         """The values that the operation reads."""
@@ -68,6 +91,8 @@ class Node:
         if self.op == "attention":
             q, k, v, mask, scale = args
             return kernels.attention_forward(q, k, v, mask=mask, scale=scale)
+        if self.op in _VIEWS:
+            return aten.reshape(*args)
         return self.op(*args, **self.kwargs)
 
     @property
@@ -103,37 +128,75 @@ class Program:
     steps: list[TangentStep] = field(default_factory=list)
     tangent_output: int | None = None
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
+    costs: list[Cost] = field(default_factory=list)  # per step
+    notes: list[str] = field(default_factory=list)  # what was chosen for the memory budget and the precision
+    timing: Timing | None = None  # of the last product in planned memory
 
-    def explain(self, maps: Sequence[LinearMap | None] | None = None) -> str:
-        """A table of the instructions; with the maps of a linearization also what each keeps and costs."""
-        from sharpcore.explain import explain
-
-        return explain(self, maps)
+    def explain(self, k: int | None = None) -> str:
+        """A table of the instructions: operation, module, output shape, bytes kept, FLOPs of k tangents, and
+        the times of the last product (if it had k)."""
+        return explain(self, k)
 
     def replay(
-        self, inputs: Sequence[Tensor], maps: list[LinearMap | None], rules: dict[Any, Rule], kernels: Any
-    ) -> Tensor | None:
-        """Run the primal operations at new inputs, replacing each linear map in `maps`; returns the value
-        (None: a constant)."""
-        values = dict(zip((self.x, *self.bound), inputs, strict=True))
-        for index, node in enumerate(self.nodes):
+        self,
+        values: dict[int, Tensor],
+        residuals: Residuals,
+        kernels: Any,
+        lowering: Lowering,
+        segment: Segment | None = None,
+    ) -> dict[int, LinearMap]:
+        """Run the primal operations on the values that they read, adding theirs, and build the linear maps
+        that depend on the point.
+
+        Without a segment all operations run, and maps and checkpoints go to `residuals`; with one only its
+        operations, and its maps are returned.
+        """
+        rules = load_rules()
+        free = not any(node.op in _READ_LAYOUT for node in self.nodes)
+        made: dict[int, LinearMap] = {}
+        for index in range(len(self.nodes)) if segment is None else range(segment.start, segment.stop):
+            node = self.nodes[index]
             args = node.fill(values)
-            maps[index] = None  # the old residuals go before the new ones come
-            out = node.run(kernels, args)
-            if node.linear:
-                maps[index] = build_map(node, Call(node.op, args, node.kwargs, out, node.active), rules)
+            fixed = residuals[index] if node.fixed else None
+            wanted = (
+                node.linear and fixed is None and (segment is not None or not residuals.recomputes(index))
+            )
+            if wanted and segment is None:
+                residuals[index] = None  # the old ones go before the new ones come
+            if free and isinstance(fixed, Convolution) and fixed.evaluates(args[0]):
+                out = fixed.evaluate(args)
+            else:
+                out = node.run(kernels, args)
+            if wanted:
+                call = Call(node.op, args, node.kwargs, out, node.active)
+                made[index] = lowering.lower(build_map(node, call, rules))
+                if segment is None:
+                    residuals[index] = made.pop(index)
             for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
                 if value is not None:
                     values[value] = tensor
+                    if segment is None:
+                        residuals.offer(value, tensor)
             for value in self.dead[index]:
                 values.pop(value, None)
-        return None if self.output is None else values[self.output]
+        return made
 
-    def push(self, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor) -> Tensor:
-        """Jacobian times K tangents [K, *x.shape]."""
+    def push(
+        self, maps: Sequence[LinearMap | None], kernels: Any, tangent: Tensor, log: Log | None = None
+    ) -> Tensor:
+        """Jacobian times K tangents [K, *x.shape]; what is done is noted in the log."""
         values = {self.x: tangent}
         for step in self.steps:
-            outs = maps[step.node].jvp(kernels, [values[value] for value in step.inputs])  # type: ignore[union-attr]
+            instruction = maps[step.node]
+            inputs = [values[value] for value in step.inputs]
+            outs = instruction.jvp(kernels, inputs)  # type: ignore[union-attr]
+            if log is not None:
+                log.note(
+                    step.node,
+                    list(zip(step.inputs, inputs, strict=True)),
+                    [None if v is None else (v, out) for v, out in zip(step.outputs, outs, strict=False)],
+                    elementwise=isinstance(instruction, Sum),
+                )
             for value, out in zip(step.outputs, outs, strict=False):
                 if value is not None:
                     values[value] = out
@@ -142,8 +205,11 @@ class Program:
         assert self.tangent_output is not None
         return values[self.tangent_output]
 
-    def pull(self, maps: Sequence[LinearMap | None], kernels: Any, cotangent: Tensor) -> Tensor | None:
-        """Transposed Jacobian times K cotangents [K, *value.shape]; None where nothing reaches x."""
+    def pull(
+        self, maps: Sequence[LinearMap | None], kernels: Any, cotangent: Tensor, log: Log | None = None
+    ) -> Tensor | None:
+        """Transposed Jacobian times K cotangents [K, *value.shape]; None where nothing reaches x. What is
+        done is noted in the log."""
         assert self.tangent_output is not None
         values: dict[int, Tensor] = {self.tangent_output: cotangent}
         for step in reversed(self.steps):
@@ -151,10 +217,64 @@ class Program:
             if all(c is None for c in cotangents):
                 continue
             pulled = maps[step.node].vjp(kernels, cotangents)  # type: ignore[union-attr]
-            for value, part in zip(step.inputs, pulled, strict=True):
-                if part is not None:
-                    values[value] = values[value] + part if value in values else part
+            # Names of the parts for the log: an instruction may give several to one value.
+            parts = [-1 - i for i in range(len(pulled))]
+            if log is not None:
+                given = [
+                    None if c is None or v is None else (v, c)
+                    for v, c in zip(step.outputs, cotangents, strict=False)
+                ]
+                made = [None if part is None else (i, part) for i, part in zip(parts, pulled, strict=True)]
+                log.note(step.node, given, made)
+            for value, name, part in zip(step.inputs, parts, pulled, strict=True):
+                if part is None:
+                    continue
+                if value not in values:
+                    values[value] = part
+                    if log is not None:
+                        log.places[value] = log.places[name]
+                    continue
+                total = values[value] + part
+                if log is not None:
+                    log.note(ADD, [(value, values[value]), (name, part)], [(value, total)], elementwise=True)
+                values[value] = total
         return values.get(self.x)
+
+    def run(
+        self,
+        plan: Plan,
+        maps: Sequence[LinearMap | None],
+        kernels: Any,
+        vectors: Tensor,
+        *,
+        transposed: bool,
+    ) -> Tensor:
+        """The product that the plan was made from, for other vectors and at another point; the result lies in
+        the plan's workspace."""
+        seconds: dict[int, float] = {}
+        plan.start.copy_(vectors)
+        start = time.perf_counter()
+        for step in plan.instructions:
+            if step.node == ADD:
+                first, second = step.inputs
+                torch.add(first, second, out=step.outputs[0])  # type: ignore[arg-type]
+                continue
+            instruction = maps[step.node]
+            assert instruction is not None
+            if transposed and instruction.writes_vjp:
+                instruction.vjp(kernels, step.inputs, out=step.outputs)  # type: ignore[call-arg]
+            elif not transposed and instruction.writes_jvp:
+                instruction.jvp(kernels, step.inputs, out=step.outputs[0])  # type: ignore[call-arg,arg-type]
+            else:
+                product = instruction.vjp if transposed else instruction.jvp
+                for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
+                    if place is not None:
+                        place.copy_(result)  # type: ignore[arg-type]
+            now = time.perf_counter()
+            seconds[step.node] = now - start
+            start = now
+        self.timing = Timing(vectors.shape[0], transposed, seconds)
+        return plan.result
 
 
 def build_map(node: Node, call: Call, rules: dict[Any, Rule], where: str | None = None) -> LinearMap:

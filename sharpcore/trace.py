@@ -19,11 +19,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
 from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
+from sharpcore.lowering import is_fixed
 from sharpcore.program import Node, Program, Ref, build_map
+from sharpcore.residuals import Dropped, residual_storages
 from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, autograd_enabled, load_rules
 from sharpcore.rules.attention import additive_mask
 from sharpcore.rules.shape import overlay
 
+# How many of the last maps are kept while a trace is over its memory budget.
+_RECENT = 8
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 
 
@@ -86,8 +90,12 @@ def _storage_key(tensor: Tensor) -> int:
 class Tracer:
     """One recording of f(x, *bound): the nodes of the program, and the linear map of each at this point."""
 
-    def __init__(self, kernels: Any) -> None:
+    def __init__(self, kernels: Any, budget: float | None) -> None:
         self.kernels = kernels
+        self.budget = budget
+        self._counted: dict[int, StorageWeakRef] = {}  # storages that maps keep; see _dependent
+        self._kept_bytes = 0
+        self._dropped = 0  # maps before this one have been let go of
         self.rules = load_rules()
         self.nodes: list[Node] = []
         self.maps: list[LinearMap | None] = []
@@ -355,13 +363,34 @@ class Tracer:
             outputs.append(value)
         node.outputs = tuple(outputs)
         node.shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else () for o in outs)
+        node.nbytes = tuple(o.numel() * o.element_size() if isinstance(o, Tensor) else 0 for o in outs)
         self.nodes.append(node)
         self.maps.append(instruction)
+        if instruction is not None and self.budget is not None:
+            self._account(len(self.maps) - 1, self.budget)
         if instruction is not None:
             for _, tensor in instruction.residuals():
                 if tensor.layout is torch.strided:
                     self._captured.add(_storage_key(tensor))
         return outputs
+
+    def _account(self, index: int, budget: float) -> None:
+        """Count what a map keeps, and let go of older maps once all together pass the budget."""
+        instruction = self.maps[index]
+        assert instruction is not None
+        for storage, size in residual_storages(self.nodes[index], instruction):
+            if storage.cdata not in self._counted:
+                self._counted[storage.cdata] = storage
+                self._kept_bytes += size
+        if self._kept_bytes <= budget:
+            return
+        # Fusion still looks at the maps of the nodes just before.
+        for older in range(self._dropped, max(self._dropped, index - _RECENT)):
+            map_ = self.maps[older]
+            storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
+            if map_ is not None and storages:
+                self.maps[older] = Dropped(map_, storages)
+            self._dropped = older + 1
 
     # -- in-place operations -----------------------------------------------------------------------
 
@@ -579,15 +608,16 @@ def _linear_arguments(
 
 
 def trace(
-    f: Callable[..., Any], x: Tensor, bound: Sequence[Tensor], kernels: Any
+    f: Callable[..., Any], x: Tensor, bound: Sequence[Tensor], kernels: Any, budget: float | None
 ) -> tuple[Program, list[LinearMap | None], Tensor, list[tuple[Tensor, int]]]:
     """Run f(x, *bound) once and return its program, the linear map of each node at this point, the value, and
     the parameters that were read with their in-place versions.
 
     x and the bound tensors are program inputs: a replay may give others of the same shape. Only x carries
-    tangents. Raises UnsupportedOperation for an operation without an exact derivative.
+    tangents. Once the maps take more than `budget` bytes, all but the last are replaced by `Dropped`.
+    Raises UnsupportedOperation for an operation without an exact derivative.
     """
-    tracer = Tracer(kernels)
+    tracer = Tracer(kernels, budget)
     # Copies: f may write into its arguments, and the residuals must not change with the caller's tensors.
     with torch.inference_mode(False), torch.no_grad():
         inputs = [t.detach().clone() for t in itertools.chain([x], bound)]

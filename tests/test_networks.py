@@ -67,6 +67,9 @@ def test_products_are_exact(reference: Reference, backend: str) -> None:
         assert relative_error(products, reference.products[:count]) <= tolerance
     pulled = linearization.vjp(reference.cotangents)
     assert relative_error(pulled, reference.pulled) <= tolerance
+    # From the second time on a product runs in planned memory.
+    assert relative_error(linearization.jvp(reference.tangents), reference.products) <= tolerance
+    assert relative_error(linearization.vjp(reference.cotangents), reference.pulled) <= tolerance
 
     forward = reference.cotangents.flatten(1) @ products.flatten(1).T
     backward = pulled.flatten(1) @ reference.tangents.flatten(1).T
@@ -106,6 +109,7 @@ def test_float32_error_is_that_of_autograd(reference: Reference) -> None:
         assert_error_at_most(
             relative_error(ours, exact), relative_error(plain, exact), factor=2.0, floor=2 * EPS32
         )
+    assert relative_error(linearization.jvp(tangents), linearization.jvp(tangents.clone())) == 0
 
 
 @pytest.mark.parametrize("grad_enabled", [True, False])

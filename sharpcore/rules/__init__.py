@@ -45,6 +45,11 @@ class LinearMap:
     cotangents have a leading axis K in front of the shape of their primal tensor.
     """
 
+    # Whether jvp takes `out=`, a tensor for its only result, and vjp `out=`, a sequence of tensors for its
+    # results (None: not wanted). What a map that does not has made is copied to its place.
+    writes_jvp = False
+    writes_vjp = False
+
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         """Push the tangents of the active inputs, each [K, *input shape], to those of the outputs, each [K,
         *output shape]."""
@@ -154,6 +159,14 @@ def unbroadcast(cotangent: Tensor, shape: torch.Size) -> Tensor:
         cotangent = cotangent.sum(dim=tuple(range(1, 1 + extra)))
     axes = tuple(i + 1 for i, n in enumerate(shape) if n == 1 and cotangent.shape[i + 1] != 1)
     return cotangent.sum(dim=axes, keepdim=True) if axes else cotangent
+
+
+def storage_of(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor's memory from another's, and its size in bytes."""
+    if tensor.layout is torch.strided:
+        storage = tensor.untyped_storage()
+        return storage._cdata, storage.nbytes()
+    return id(tensor), tensor.numel() * tensor.element_size()  # a weight that oneDNN has packed
 
 
 def load_rules() -> dict[Any, Rule]:

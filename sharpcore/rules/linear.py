@@ -12,21 +12,73 @@ from torch import Tensor
 from sharpcore.rules import Call, LinearMap, aten, rule
 from sharpcore.rules.pointwise import Broadcast
 
+mkldnn = torch.ops.mkldnn
+
 
 class Convolution(LinearMap):
     """y' = conv(x', w) with K folded into the batch."""
 
+    writes_jvp = True
+
     def __init__(self, call: Call) -> None:
         x, self.weight = call.args[0], call.args[1]
         self.x_shape, self.out_shape = x.shape, call.out.shape
-        self.dtype = x.dtype
         # stride, padding, dilation, transposed, output_padding, groups
         self.geometry = tuple(call.args[3:9])
+        self.packed: Tensor | None = None
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
-        out = aten.convolution(tangent.flatten(0, 1), self.weight, None, *self.geometry)
-        return (out.unflatten(0, (tangent.shape[0], -1)),)
+        folded = tangent.flatten(0, 1)
+        if self.packed is not None:
+            return (self._packed_jvp(folded, tangent.shape[0], out),)
+        made = aten.convolution(folded, self.weight, None, *self.geometry)
+        made = made.unflatten(0, (tangent.shape[0], -1))
+        return (made if out is None else out.copy_(made),)
+
+    def pack(self, weight: Tensor) -> Tensor:
+        """A weight in the layout that oneDNN wants for channels-last tangents of its dtype; without that
+        every product would reorder it."""
+        stride, padding, dilation, _, _, groups = self.geometry
+        return mkldnn._reorder_convolution_weight(
+            weight, padding, stride, dilation, groups, list(self.x_shape)
+        )
+
+    def packable(self) -> bool:
+        """Whether oneDNN has this convolution for float32 and bfloat16 CPU tensors."""
+        return (
+            self.weight.dim() == 4
+            and not self.geometry[3]
+            and self.weight.device.type == "cpu"
+            and hasattr(mkldnn, "_reorder_convolution_weight")
+            and torch.backends.mkldnn.is_available()
+        )
+
+    def evaluates(self, x: Tensor) -> bool:
+        """Whether `evaluate` can run the convolution itself at x."""
+        return self.packed is not None and self.packed.dtype == x.dtype
+
+    def evaluate(self, args: Sequence[Any]) -> Tensor:
+        """The convolution itself, with the packed weight; the arguments are those of aten.convolution."""
+        stride, padding, dilation, _, _, groups = self.geometry
+        x = args[0].contiguous(memory_format=torch.channels_last)
+        return mkldnn._convolution_pointwise(
+            x, self.packed, args[2], padding, stride, dilation, groups, "none", [], ""
+        )
+
+    def _packed_jvp(self, folded: Tensor, k: int, out: Tensor | None) -> Tensor:
+        stride, padding, dilation, _, _, groups = self.geometry
+        geometry = (padding, stride, dilation, groups)
+        folded = folded.contiguous(memory_format=torch.channels_last)
+        if out is None:
+            made = mkldnn._convolution_pointwise(folded, self.packed, None, *geometry, "none", [], "")
+            return made.unflatten(0, (k, -1))
+        # oneDNN writes into memory that is given where it may add to what is there.
+        target = out.flatten(0, 1).zero_()
+        mkldnn._convolution_pointwise_.binary(
+            target, folded, self.packed, None, *geometry, "add", None, None, [], None
+        )
+        return out
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
@@ -37,7 +89,7 @@ class Convolution(LinearMap):
         # The backward operation reads only the shape of its input argument.
         like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
         grad = aten.convolution_backward(
-            folded, like, self.weight, None, *self.geometry, [True, False, False]
+            folded, like, self.weight.to(folded.dtype), None, *self.geometry, [True, False, False]
         )[0]
         return (grad.unflatten(0, (k, -1)),)
 
@@ -57,19 +109,39 @@ def convolution(call: Call) -> LinearMap | None:
 class Linear(LinearMap):
     """y' = x' W^T over the last axis."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
+        self.source = weight  # where products round it, the weight that it was rounded from
         self.rows = 0
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (F.linear(tangents[0], self.weight),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (_rows_times(tangents[0], self.weight.mT, out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent @ self.weight.conj(),)
+        return (None if cotangent is None else _rows_times(cotangent, self.weight.conj(), out[0]),)
 
     def flops(self, k: int) -> int:
         return 2 * k * self.rows * self.weight.numel()
+
+
+def _rows_times(vectors: Tensor, matrix: Tensor, out: Tensor | None) -> Tensor:
+    """[K, ..., n] @ [n, m], as one product of all rows."""
+    shape = (*vectors.shape[:-1], matrix.shape[1])
+    rows = vectors.reshape(vectors.shape[:-1].numel(), vectors.shape[-1])
+    if out is None:
+        return torch.mm(rows, matrix).view(shape)
+    if not out.is_contiguous():
+        return out.copy_(torch.mm(rows, matrix).view(shape))
+    torch.mm(rows, matrix, out=out.view(rows.shape[0], shape[-1]))
+    return out
 
 
 @rule(F.linear)
