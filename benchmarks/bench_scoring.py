@@ -73,9 +73,8 @@ def _score_with(
     scorer: list[Any] = []
 
     def prepare(count: int) -> Callable[[], Any]:
-        options = {} if precision == "float32" else {"precision": precision}
         if not scorer:
-            scorer.append(sharpcore.SharpnessScorer(pipe, **options))
+            scorer.append(sharpcore.SharpnessScorer(pipe, precision=precision))
         # The first prompt is the one that the authors' procedure scores.
         texts = [PROMPT, *(f"{PROMPT}, number {i}" for i in range(1, count))]
         return lambda: scorer[0](texts, seeds=list(SEEDS), latent_size=(size, size), squared=False)

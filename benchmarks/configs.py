@@ -43,8 +43,8 @@ SDXL: dict[str, Any] = {
     "use_linear_projection": True,
 }
 SDXL_DEPTHS = (10, 8, 6, 4, 2, 1)
-# What products at a 32x32 latent may take beside the weights.
-SDXL_WORKSPACE = 4 * 2**30
+# What products at a 32x32 latent may take beside the weights: residuals, tangents, packed convolution weights.
+SDXL_WORKSPACE = 8 * 2**30
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,7 @@ def _filled(unet: nn.Module) -> nn.Module:
     return unet
 
 
-def _inputs(unet: nn.Module, size: int, batch: int = 2) -> Pair:
+def _inputs(unet: Any, size: int, batch: int = 2) -> Pair:
     generator = torch.Generator().manual_seed(42)
     latent = torch.randn(1, 4, size, size, generator=generator)
     prompt = torch.randn(batch, 77, unet.config.cross_attention_dim, generator=generator)

@@ -129,7 +129,7 @@ def _measure(request: dict[str, Any]) -> dict[str, Any]:
     try:
         prepared = candidate.prepare(problem)
         first, result = timed(prepared)
-        answer = {
+        answer: dict[str, Any] = {
             "status": OK,
             "peak_mib": machine.peak_since(before),
             "error": problem.error(candidate.kind, result),

@@ -37,8 +37,7 @@ class Problem:
     def linearization(self, precision: str = "float32") -> sharpcore.Linearization:
         """The linearization at x that the products share; float32 or with products in bfloat16."""
         if precision not in self._linearizations:
-            options = {} if precision == "float32" else {"precision": precision}
-            self._linearizations[precision] = sharpcore.linearize(self.f, self.x, **options)
+            self._linearizations[precision] = sharpcore.linearize(self.f, self.x, precision=precision)
         return self._linearizations[precision]
 
     def release(self) -> None:
@@ -58,7 +57,7 @@ class Problem:
     def find_truth(self) -> None:
         """Float64 results: double-backward for small networks, central differences where a copy does not fit.
 
-        In float64 a central difference is exact to about 1e-10, far below the errors that are compared with
+        In float64 a central difference is exact to about 1e-9, far below the errors that are compared with
         it. J^T is left out there, and so are the errors of transposed products.
         """
         large = sum(parameter.numel() for parameter in self.pair.unet.parameters()) > 2e8

@@ -29,7 +29,8 @@ def curve(table: Table, network: str, axis: str, points: Sequence[float]) -> Non
 def measure_point(table: Table, problem: Problem, axis: str, point: float) -> None:
     """Per tangent: our product, a central difference, and torch.func.jvp while it is not too slow."""
     count = int(point) if axis == "tangents" else 1
-    tangents, labels = problem.tangents[:count], {"axis": axis, "point": point}
+    tangents = problem.tangents[:count]
+    labels: dict[str, Any] = {"axis": axis, "point": point}
 
     def prepare() -> Any:
         linearization = problem.linearization()

@@ -8,7 +8,6 @@ from typing import Any
 
 import configs
 import torch
-from torch import nn
 
 
 def tiny() -> Any:
@@ -33,7 +32,7 @@ def sd14() -> Any:
     return _with(configs.sd14_unet(), layers=12, heads=12, tokens=77)
 
 
-def _with(unet: nn.Module, *, layers: int, heads: int, tokens: int) -> Any:
+def _with(unet: Any, *, layers: int, heads: int, tokens: int) -> Any:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     pipe = tiny()
