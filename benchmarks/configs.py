@@ -43,7 +43,7 @@ SDXL: dict[str, Any] = {
     "use_linear_projection": True,
 }
 SDXL_DEPTHS = (10, 8, 6, 4, 2, 1)
-# What products at a 32x32 latent may take beside the weights: residuals, tangents, packed convolution weights.
+# What products may take beside the weights at 32x32: residuals, tangents, packed convolution weights.
 SDXL_WORKSPACE = 8 * 2**30
 
 
