@@ -30,6 +30,7 @@ def _ours(work: str, count: int = 1, precision: str = "float32") -> Callable[[Pr
     def prepare(problem: Problem) -> Run:
         linearization = problem.linearization(precision)
         vectors = (problem.tangents if work == "jvp" else problem.cotangents)[:count]
+        getattr(linearization, work)(vectors)  # the first product with so many vectors plans its buffers
         return lambda: getattr(linearization, work)(vectors)
 
     return prepare

@@ -60,9 +60,8 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     if not result.rows:
         return
     host = machine.describe(_command(request.config))
-    print(
-        f"\n{name}: {host['cpu']} ({host['cpu_features']}), {host['threads']} threads, torch {host['torch']}"
-    )
+    processor = f"{host['cpu']} ({host['cpu_features']}), {host['threads']} threads"
+    print(f"\n{result.name}: {processor}, torch {host['torch']}")
     print(result)
     if request.config.getoption("--save-results"):
         section = request.node.originalname.removeprefix("test_")
