@@ -177,6 +177,7 @@ class Linearization:
         """Run the recorded operations; returns the value, None for a constant."""
         values = dict(zip((self.program.x, *self.program.bound), inputs, strict=True))
         self._residuals.release()
+        self._workspace.leave_point(self.program)
         for value, tensor in values.items():
             self._residuals.offer(value, tensor)
         self.program.replay(values, self._residuals, self.backend, self._lowering)

@@ -5,9 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from sharpcore.backends.launches import Launch
+from sharpcore.rules import LinearMap, storage_of
 
 _ALIGNMENT = 64
 ADD = -1  # stands for an instruction: the sum of two cotangents of one value
@@ -126,14 +130,28 @@ def _span(tensor: Tensor) -> tuple[int, bool]:
     return 1 + sum((n - 1) * step for n, step in pairs), all(step or n == 1 for n, step in pairs)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Instruction:
     """A node's map (or ADD) with the tensors it reads, and those it writes: None for a view, or for what
-    nobody wants."""
+    nobody wants.
+
+    `calls` are what the map `of` did when it ran here, where that can be done again without the map.
+    """
 
     node: int
     inputs: tuple[Tensor | None, ...]
     outputs: tuple[Tensor | None, ...]
+    of: LinearMap | None = None
+    calls: tuple[Callable[[], Any], ...] = ()
+
+    def remember(self, instruction: LinearMap, made: Sequence[Launch]) -> None:
+        """Take over the launches of the map, if they touch its own memory and the workspace alone."""
+        own = {id(t) for t in (*self.inputs, *self.outputs)}
+        known = {storage_of(t)[0] for t in (*self.inputs, *self.outputs) if t is not None}
+        known.update(storage_of(tensor)[0] for _, tensor in instruction.residuals())
+        touched = [t for _, tensors in made for t in tensors if t is not None]
+        if made and all(id(t) in own or storage_of(t)[0] in known for t in touched):
+            self.calls = tuple(call for call, _ in made)
 
 
 class Plan:
@@ -170,6 +188,14 @@ class Plan:
             Instruction(entry.node, optional(entry.inputs), optional(entry.outputs)) for entry in log.entries
         ]
         self.start, self.result = tensor(log.start), tensor(log.places[result])
+        self.threads = torch.get_num_threads()
+
+    def prepare(self) -> None:
+        """Forget remembered calls where the number of threads has changed, which they hold."""
+        if self.threads != torch.get_num_threads():
+            self.threads = torch.get_num_threads()
+            for instruction in self.instructions:
+                instruction.of, instruction.calls = None, ()
 
 
 def _share_memory(log: Log) -> list[int]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharpcore.backends.launches import recording
 from sharpcore.explain import Cost, Timing, explain
-from sharpcore.plan import ADD, Log, Plan
+from sharpcore.plan import ADD, Instruction, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule, load_rules
 from sharpcore.rules.fallback import fallback
 from sharpcore.rules.norm import group_norm_silu
@@ -237,6 +238,7 @@ class Program:
         """The product that the plan was made from, for other vectors and at another point; the result lies in
         the plan's workspace."""
         seconds: dict[int, float] = {}
+        plan.prepare()
         plan.start.copy_(vectors)
         start = time.perf_counter()
         for step in plan.instructions:
@@ -246,20 +248,34 @@ class Program:
                 continue
             instruction = maps[step.node]
             assert instruction is not None
-            if transposed and instruction.writes_vjp:
-                instruction.vjp(kernels, step.inputs, out=step.outputs)  # type: ignore[call-arg]
-            elif not transposed and instruction.writes_jvp:
-                instruction.jvp(kernels, step.inputs, out=step.outputs[0])  # type: ignore[call-arg,arg-type]
+            if step.of is not instruction:  # at a new point
+                step.of, step.calls = instruction, ()
+                _execute(step, instruction, kernels, transposed)
+            elif step.calls:
+                for call in step.calls:
+                    call()
             else:
-                product = instruction.vjp if transposed else instruction.jvp
-                for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
-                    if place is not None:
-                        place.copy_(result)  # type: ignore[arg-type]
+                with recording() as made:
+                    _execute(step, instruction, kernels, transposed)
+                step.remember(instruction, made)
             now = time.perf_counter()
             seconds[step.node] = now - start
             start = now
         self.timing = Timing(vectors.shape[0], transposed, seconds)
         return plan.result
+
+
+def _execute(step: Instruction, instruction: LinearMap, kernels: Any, transposed: bool) -> None:
+    """Run a map at its places in the workspace."""
+    if transposed and instruction.writes_vjp:
+        instruction.vjp(kernels, step.inputs, out=step.outputs)  # type: ignore[call-arg]
+    elif not transposed and instruction.writes_jvp:
+        instruction.jvp(kernels, step.inputs, out=step.outputs[0])  # type: ignore[call-arg,arg-type]
+    else:
+        product = instruction.vjp if transposed else instruction.jvp
+        for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
+            if place is not None:
+                place.copy_(result)  # type: ignore[arg-type]
 
 
 def build_map(node: Node, call: Call, rules: dict[Any, Rule], where: str | None = None) -> LinearMap:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sharpcore.plan import Log, Plan
+from sharpcore.plan import ADD, Log, Plan
 from sharpcore.program import Program
 from sharpcore.rules import LinearMap
 
@@ -38,6 +38,14 @@ class Workspace:
         with self._lock:
             self._plans.clear()
             self._memory = None
+
+    def leave_point(self, program: Program) -> None:
+        """Let go of the maps of the point that is left."""
+        with self._lock:
+            for plan in self._plans.values():
+                for instruction in plan.instructions if plan is not None else ():
+                    if instruction.node != ADD and not program.nodes[instruction.node].fixed:
+                        instruction.of, instruction.calls = None, ()
 
     def product(
         self,

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharpcore.backends.launches import launch
 from sharpcore.rules import Call, LinearMap, aten, rule
 from sharpcore.rules.pointwise import Broadcast
 
@@ -116,6 +117,10 @@ def _pack(weight: Tensor, geometry: _Geometry, shape: torch.Size) -> Tensor:
     return mkldnn._reorder_convolution_weight(weight, *geometry, list(shape))
 
 
+def _add_convolution(*arguments: Any) -> None:
+    mkldnn._convolution_pointwise_.binary(*arguments)
+
+
 def _packed_convolution(vectors: Tensor, packed: Tensor, geometry: _Geometry, out: Tensor | None) -> Tensor:
     """The convolution of [K, B, C, H, W], with channels last."""
     folded = vectors.flatten(0, 1).contiguous(memory_format=torch.channels_last)
@@ -123,10 +128,10 @@ def _packed_convolution(vectors: Tensor, packed: Tensor, geometry: _Geometry, ou
         made = mkldnn._convolution_pointwise(folded, packed, None, *geometry, "none", [], "")
         return made.unflatten(0, (vectors.shape[0], -1))
     # oneDNN writes into memory that is given where it may add to what is there.
-    target = out.flatten(0, 1).zero_()
-    mkldnn._convolution_pointwise_.binary(
-        target, folded, packed, None, *geometry, "add", None, None, [], None
-    )
+    target = out.flatten(0, 1)
+    launch(target.zero_, (target,))
+    keywords: tuple[Any, ...] = ("add", None, None, [], None)
+    launch(_add_convolution, (target, folded, packed), target, folded, packed, None, *geometry, *keywords)
     return out
 
 
@@ -164,7 +169,8 @@ def _rows_times(vectors: Tensor, matrix: Tensor, out: Tensor | None) -> Tensor:
         return torch.mm(rows, matrix).view(shape)
     if not out.is_contiguous():
         return out.copy_(torch.mm(rows, matrix).view(shape))
-    torch.mm(rows, matrix, out=out.view(rows.shape[0], shape[-1]))
+    target = out.view(rows.shape[0], shape[-1])
+    launch(torch.mm, (rows, matrix, target), rows, matrix, out=target)
     return out
 
 

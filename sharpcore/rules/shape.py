@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.backends.launches import launch
 from sharpcore.rules import Call, Identity, LinearMap, aten, rule
 
 
@@ -267,7 +268,8 @@ class Concatenate(LinearMap):
             folded = [part.flatten(0, 1) for part in parts]
             if out is None:
                 return torch.cat(folded, 1).unflatten(0, (k, -1))
-            torch.cat(folded, 1, out=out.flatten(0, 1))
+            target = out.flatten(0, 1)
+            launch(torch.cat, (*folded, target), folded, 1, out=target)
             return out
         return torch.cat(list(parts), self.dim, out=out)
 

@@ -8,6 +8,7 @@ from torch import Tensor
 from sharpcore.backends import reference
 from sharpcore.backends.cpu.layout import computable, dense_each, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
@@ -29,7 +30,9 @@ def geglu_forward(
     factors = _contiguous(to_factors, projection, projection.shape)
     projection = projection.contiguous()
     if value.numel():
-        native.geglu_forward(
+        launch(
+            native.geglu_forward,
+            (value, factors, projection),
             value=value.data_ptr(),
             factors=factors.data_ptr(),
             projection=projection.data_ptr(),
@@ -68,7 +71,9 @@ def _apply(kernel: str, name: str, vectors: Tensor, factors: Tensor, out: Tensor
     result: Tensor = out if direct else vectors.new_empty(shape)  # type: ignore[assignment]
     vectors, factors = dense_each(vectors), factors.contiguous()
     if result.numel():
-        getattr(native, kernel)(
+        launch(
+            getattr(native, kernel),
+            (result, vectors, factors),
             out=result.data_ptr(),
             vectors=vectors.data_ptr(),
             factors=factors.data_ptr(),

@@ -8,6 +8,7 @@ from torch import Tensor
 from sharpcore.backends import reference
 from sharpcore.backends.cpu.layout import computable, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
@@ -90,7 +91,9 @@ def _group_norm_silu(
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
     if result.numel():
-        getattr(native, kernel)(
+        launch(
+            getattr(native, kernel),
+            (result, vectors, x, mean, rstd, weight, bias),
             out=result.data_ptr(),
             vectors=vectors.data_ptr(),
             x=x.data_ptr(),

@@ -9,6 +9,7 @@ from sharpcore.backends import reference
 from sharpcore.backends.cpu.group_norm_silu_tangent import widen
 from sharpcore.backends.cpu.layout import computable, dense_each, dtype_code, is_apart, is_dense
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
@@ -89,7 +90,9 @@ def _layer_norm(
     batch = x.shape[0] if columns or by_sample else 1
     x, mean, rstd = x.contiguous(), mean.contiguous(), rstd.contiguous()
     weight = None if weight is None else weight.contiguous()
-    getattr(native, kernel)(
+    launch(
+        getattr(native, kernel),
+        (result, vectors, x, mean, rstd, weight),
         out=result.data_ptr(),
         vectors=vectors.data_ptr(),
         x=x.data_ptr(),

@@ -14,6 +14,7 @@ from sharpcore.backends.cpu.layout import (
     is_channels_last,
 )
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.launches import launch
 
 
 def residual_add(first: Tensor, second: Tensor, scale: float = 1, *, out: Tensor | None = None) -> Tensor:
@@ -27,6 +28,9 @@ def residual_add(first: Tensor, second: Tensor, scale: float = 1, *, out: Tensor
         result = _turned(first, second, scale, out)
         if result is not None:
             return result
+    elif out is not None and first.dtype == second.dtype == out.dtype and first.shape == out.shape:
+        launch(torch.add, (first, second, out), first, second, alpha=scale, out=out)
+        return out
     return reference.KERNELS["residual_add"](first, second, scale, out=out)
 
 
@@ -47,7 +51,9 @@ def _turned(first: Tensor, second: Tensor, scale: float, out: Tensor | None) -> 
     elif not is_apart(out, 2):
         return None
     channels, positions = shape[2], shape[3:].numel()
-    native.residual_add(
+    launch(
+        native.residual_add,
+        (first, second, out),
         out=out.data_ptr(),
         out_strides=out.stride()[:2],
         first=(first.data_ptr(), last[0] != last[2], first.stride()[:2]),

@@ -14,6 +14,7 @@ from sharpcore.backends.cpu.layout import (
     is_channels_last,
 )
 from sharpcore.backends.cpu.native import extension
+from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.errors import InvalidInput
 
@@ -65,7 +66,9 @@ def _upsample(
     else:
         result = vectors.new_empty(shape)
     if result.numel():
-        getattr(native, kernel)(
+        launch(
+            getattr(native, kernel),
+            (result, vectors),
             out=result.data_ptr(),
             vectors=vectors.data_ptr(),
             dtype=dtype_code(vectors.dtype),
