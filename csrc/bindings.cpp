@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "sharpcore/attention_adjoint.h"
+#include "sharpcore/attention_forward.h"
 #include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
 #include "sharpcore/geglu_tangent.h"
@@ -117,6 +118,15 @@ sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const Operand
             value_width};
 }
 
+sharpcore::AttentionForwardArguments attention_forward_arguments(OperandTuple q, OperandTuple k, OperandTuple v,
+                                                                 OperandTuple out, Address lse,
+                                                                 std::array<std::int64_t, 3> lse_strides, Address mask,
+                                                                 std::array<std::int64_t, 4> mask_strides, double scale,
+                                                                 bool float64, std::array<std::int64_t, 6> sizes,
+                                                                 int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes), threads};
+}
+
 sharpcore::AttentionTangentArguments attention_tangent_arguments(OperandTuple q, OperandTuple k, OperandTuple v,
                                                                  OperandTuple out, Address lse,
                                                                  std::array<std::int64_t, 3> lse_strides, Address mask,
@@ -188,6 +198,13 @@ PYBIND11_MODULE(_C, module) {
     define_group_norm("group_norm_silu_adjoint", [](const sharpcore::GroupNormSiluArguments& arguments) {
         SHARPCORE_CALL_KERNEL(group_norm_silu_adjoint, arguments);
     });
+    define_kernel(module, "attention_forward",
+                  static_cast<void (*)(const sharpcore::AttentionForwardArguments&)>(
+                      [](const sharpcore::AttentionForwardArguments& arguments) {
+                          SHARPCORE_CALL_KERNEL(attention_forward, arguments);
+                      }),
+                  attention_forward_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
+                  "scale", "float64", "sizes", "threads");
     define_kernel(module, "attention_tangent",
                   static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
                       [](const sharpcore::AttentionTangentArguments& arguments) {

@@ -1,4 +1,4 @@
-// K tangents of attention. A task owns a tile of query rows and some of the tangents and walks over blocks of keys: the
+// K tangents of attention. A task owns tiles of query rows and some of the tangents and walks over blocks of keys: the
 // probabilities of a block are computed once, then each tangent takes its turn with them while they are in the cache.
 #include "sharpcore/attention_tangent.h"
 

@@ -13,6 +13,22 @@ from sharpcore.backends.cpu.native import extension
 from sharpcore.errors import InvalidInput
 
 
+def attention_forward(
+    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor]:
+    """As its namesake in sharpcore.backends.reference; [B, L, H, Ev] of the output is contiguous."""
+    native = extension()
+    if native is None or not computable([q, k, v, *([] if mask is None else [mask])]):
+        return reference.KERNELS["attention_forward"](q, k, v, mask=mask, scale=scale)
+    out = _empty_heads(q, (*q.shape[:-1], *v.shape[-1:]))
+    lse = q.new_empty(q.shape[:-1])
+    _check_attention(q, k, v, out, lse)
+    if lse.numel():
+        kept = _AttentionPrimal(q, k, v, out, lse, mask, scale)
+        native.attention_forward(**kept.arguments, threads=torch.get_num_threads())
+    return out, lse
+
+
 def attention_tangent(
     q: Tensor,
     k: Tensor,
