@@ -187,8 +187,9 @@ def check_forward(case: Case) -> None:
         assert ours.dtype == case.dtype
         finite = truth.isfinite()
         assert torch.equal(ours.isfinite(), finite)
-        # Measured: float64 at most 3e-15; float32 at most 1.1 times the reference, single rows apart.
-        floor = 1e-13 if case.dtype is torch.float64 else 1e-6
+        # Measured: float64 at most 3e-15; float32 at most 1.1 times the reference, single rows apart, whose
+        # scores PyTorch sums in more parts: 4.6e-6 there.
+        floor = 1e-13 if case.dtype is torch.float64 else 1e-5 if case.length == 1 else 1e-6
         errors = [relative_error(result[finite], truth[finite]) for result in (ours, plain)]
         assert_error_at_most(*errors, floor=floor)
 
@@ -411,21 +412,22 @@ def test_results_lie_in_memory_with_heads_interleaved() -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize(("batch", "keys"), [(1, 20), (4, 20), (1, 0), (4, 0)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("batch", "keys"), [(1, 20), (4, 20), (1, 0), (4, 0), (0, 20)])
 @pytest.mark.parametrize(("count", "length"), [(0, 9), (2, 0), (2, 9)])
-def test_empty(count: int, length: int, keys: int, batch: int) -> None:
+def test_empty(count: int, length: int, keys: int, batch: int, backend: str) -> None:
     case = Case(9, 20, 8, count=count, batch=batch)
     shortened = {"q": length, "dq": length, "out": length, "k": keys, "dk": keys, "v": keys, "dv": keys}
     for name, size in shortened.items():
         case.tensors[name] = case.tensors[name][..., :size, :]
     case.tensors["lse"] = case.tensors["lse"][..., :length]
-    assert case.tangent("cpu").shape == (count, *case.tensors["out"].shape)
-    out, lse = case.forward("cpu")
+    assert case.tangent(backend).shape == (count, *case.tensors["out"].shape)
+    out, lse = case.forward(backend)
     assert (out.shape, lse.shape) == (case.tensors["out"].shape, case.tensors["lse"].shape)
     if keys == 0:
         assert bool((out == 0).all())
         assert bool((lse == float("-inf")).all())
-    grads = case.adjoint("cpu", case.cotangent())
+    grads = case.adjoint(backend, case.cotangent())
     for primal, grad in zip(case.qkv, grads, strict=True):
         assert grad is not None
         assert grad.shape == (count, *primal.shape)
@@ -435,9 +437,9 @@ def test_empty(count: int, length: int, keys: int, batch: int) -> None:
 
 @needs_extension
 def test_what_the_kernel_cannot_do_is_left_to_the_reference() -> None:
-    half = Case(9, 20, 8, dtype=torch.bfloat16)
-    assert half.tangent("cpu").dtype == torch.bfloat16
-    assert half.forward("cpu")[0].dtype == torch.bfloat16
+    half = Case(9, 20, 8, dtype=torch.float16)
+    assert half.tangent("cpu").dtype == torch.float16
+    assert half.forward("cpu")[0].dtype == torch.float16
     case = Case(9, 20, 8)
     case.tensors["dq"].requires_grad_()
     assert case.tangent("cpu").requires_grad
@@ -449,7 +451,7 @@ def test_what_the_kernel_cannot_do_is_left_to_the_reference() -> None:
     [
         ("k", (2, 2, 20, 7)),
         ("v", (2, 2, 19, 8)),
-        ("out", (2, 2, 9, 7)),
+        ("o", (2, 2, 9, 7)),
         ("lse", (2, 2, 8)),
         ("dq", (2, 2, 2, 8, 8)),
         ("dk", (3, 2, 2, 20, 8)),
@@ -458,11 +460,11 @@ def test_what_the_kernel_cannot_do_is_left_to_the_reference() -> None:
 )
 def test_wrong_shapes_are_refused(name: str, wrong: tuple[int, ...]) -> None:
     case = Case(9, 20, 8)
-    case.tensors[name] = torch.ones(wrong, dtype=torch.float64)
-    with pytest.raises(InvalidInput, match=name):
+    case.tensors["out" if name == "o" else name] = torch.ones(wrong, dtype=torch.float64)
+    with pytest.raises(InvalidInput, match=f"^{name}: "):
         case.tangent("cpu")
     if name not in ("dq", "dk", "dv"):
-        with pytest.raises(InvalidInput, match=name):
+        with pytest.raises(InvalidInput, match=f"^{name}: "):
             case.adjoint("cpu", case.cotangent())
 
 
@@ -530,7 +532,8 @@ for dtype in (torch.float32, torch.float64):
 def available_isas() -> list[str]:
     native = cpu.extension()
     features = {} if native is None else native.cpu_features()
-    return ["portable", *(isa for isa in ("avx2", "avx512") if features.get(isa) and features.get("fma"))]
+    needed = {"avx2": "avx2", "avx512": "avx512", "avx512bf16": "avx512_bf16"}
+    return ["portable", *(isa for isa, feature in needed.items() if features.get(feature))]
 
 
 @needs_extension
