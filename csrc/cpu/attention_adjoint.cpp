@@ -67,7 +67,7 @@ void row_products(T* sums, const Rows<Storage>& a, const Rows<Storage>& b, Index
             const Storage *left = a.row(first + start + r), *right = b.row(first + start + r);
             Index j = 0;
             for (; j + lanes <= width; j += lanes) square[r] += load(left + j) * load(right + j);
-            if (j < width) square[r] += load_partial(left + j, width - j) * load_partial(right + j, width - j);
+            if (j < width) square[r] += load_first(left + j, width - j) * load_first(right + j, width - j);
         }
         transpose<T>(square);
         Vec<T> sum = square[0];
@@ -75,7 +75,7 @@ void row_products(T* sums, const Rows<Storage>& a, const Rows<Storage>& b, Index
         if (start + lanes <= count)
             store(sums + start, sum);
         else
-            store_partial(sums + start, sum, count - start);
+            store_first(sums + start, sum, count - start);
     }
 }
 
@@ -151,7 +151,7 @@ void write_panel(const Rows<Storage>& rows, const T* panel, Index first, Index c
         if (how_many == kLanes<T>)
             store(place, factor * entries);
         else
-            store_partial(place, factor * entries, how_many);
+            store_first(place, factor * entries, how_many);
     });
 }
 

@@ -168,7 +168,7 @@ void finish(const RowTile<N>& tile, const AttentionPrimal& p, const Rows<typenam
         if (count == kLanes<T>)
             store(place, factor[r] * entries);
         else
-            store_partial(place, factor[r] * entries, count);
+            store_first(place, factor[r] * entries, count);
     });
 }
 

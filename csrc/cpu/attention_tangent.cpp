@@ -194,8 +194,8 @@ void write_result(const Scene<N>& scene, const Part<typename N::Storage>& part, 
                          if constexpr (moving) entries -= sums[r] * load(mean);
                          store(place, entries);
                      } else {
-                         if constexpr (moving) entries -= sums[r] * load_partial(mean, count);
-                         store_partial(place, entries, count);
+                         if constexpr (moving) entries -= sums[r] * load_first(mean, count);
+                         store_first(place, entries, count);
                      }
                  });
 }
@@ -279,6 +279,17 @@ void do_task(const void* job, Index task, int slot) noexcept {
             for (Index i = 0; i < tiles; ++i) {
                 const Scene<N>& scene = scenes[i];
                 if (key == 0) pack_tangent<with_query>(scene, part, t);
+                // The next tile's vectors and this one's result come in while products are computed.
+                const bool more = i + 1 < tiles || t + 1 < tangents;
+                if (with_query && key == 0 && more) {
+                    const Scene<N>& next = scenes[i + 1 < tiles ? i + 1 : 0];
+                    const Rows<Storage> dq = part.tangent(a.dq, i + 1 < tiles ? t : t + 1);
+                    prefetch_rows<false>(dq.row(next.first_row), dq.stride, next.rows, p.width);
+                }
+                if (last) {
+                    const Rows<Storage> result = part.tangent(a.result, t);
+                    prefetch_rows<true>(result.row(scene.first_row), result.stride, scene.rows, p.value_width);
+                }
                 if constexpr (moving) fill_change<with_query, with_key>(change, scene, t, keys, dk, p.width);
                 add_products<with_value, moving>(scene.outputs_of(t, p.value_width), scene.probabilities, dv, change,
                                                  keys.v, terms_of<Term>(count), p.value_width);

@@ -109,6 +109,50 @@ inline void transpose(Vec<T> (&square)[kLanes<T>]) {
     }
 }
 
+// load_partial and store_partial of simd.h, in one instruction where there is one.
+template <class T>
+inline Vec<T> load_first(const T* from, Index count) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+    else
+        return _mm512_maskz_loadu_pd((1u << count) - 1, from);
+#else
+    return load_partial(from, count);
+#endif
+}
+
+template <class T>
+inline void store_first(T* to, Vec<T> vector, Index count) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_ps(to, (1u << count) - 1, vector);
+    else
+        _mm512_mask_storeu_pd(to, (1u << count) - 1, vector);
+#else
+    store_partial(to, vector, count);
+#endif
+}
+
+inline Vec<float> load_first(const bfloat16* from, Index count) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
+    return load_partial(from, count);
+#endif
+}
+
+inline void store_first(bfloat16* to, Vec<float> vector, Index count) {
+#if defined(__AVX512F__)
+    bfloat16 rounded[kLanes<float>];
+    store(rounded, vector);
+    _mm256_mask_storeu_epi16(to, (1u << count) - 1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded)));
+#else
+    store_partial(to, vector, count);
+#endif
+}
+
 // panel[e][r] = scale * rows[r][e] for e < width, r < kTileRows; zero for r >= count.
 template <class T, class Storage>
 void pack_panel(T* panel, const Storage* rows, Index row_stride, Index count, Index width, T scale) {
@@ -117,10 +161,16 @@ void pack_panel(T* panel, const Storage* rows, Index row_stride, Index count, In
         for (Index e = 0; e < width; e += lanes) {
             // The last square moves back over the one before it, or is read in part where there is none.
             const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
+            const Storage* corner = rows + first * row_stride + begin;
             Vec<T> square[lanes] = {};
-            for (Index r = 0; r < lanes && first + r < count; ++r) {
-                const Storage* row = rows + (first + r) * row_stride + begin;
-                square[r] = scale * (width < lanes ? load_partial(row, width) : load(row));
+            if (first + lanes <= count && width >= lanes) {
+#pragma GCC unroll 16
+                for (Index r = 0; r < lanes; ++r) square[r] = scale * load(corner + r * row_stride);
+            } else {
+                for (Index r = 0; r < lanes && first + r < count; ++r) {
+                    const Storage* row = corner + r * row_stride;
+                    square[r] = scale * (width < lanes ? load_first(row, width) : load(row));
+                }
             }
             transpose<T>(square);
             const Index height = width < lanes ? width : lanes;
@@ -149,6 +199,17 @@ inline void pack_panel(Pair* panel, const bfloat16* rows, Index row_stride, Inde
 }
 #endif
 
+// Asks for rows that are read, or written, in a while.
+template <bool written, class Storage>
+void prefetch_rows(const Storage* rows, Index row_stride, Index count, Index width) {
+    constexpr Index line = 64 / static_cast<Index>(sizeof(Storage));
+    for (Index r = 0; r < count; ++r) {
+        const Storage* row = rows + r * row_stride;
+        for (Index e = 0; e < width; e += line) __builtin_prefetch(row + e, written, 2);
+        if (width > 0) __builtin_prefetch(row + width - 1, written, 2);
+    }
+}
+
 // Calls write(r, begin, entries, how many) for the rows r < count of a transposed panel[width][kTileRows], piecewise.
 template <class T, class Write>
 inline void unpack_panel(const T* panel, Index count, Index width, Write write) {
@@ -158,9 +219,19 @@ inline void unpack_panel(const T* panel, Index count, Index width, Write write) 
             const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
             const Index height = width < lanes ? width : lanes;
             Vec<T> square[lanes] = {};
-            for (Index i = 0; i < height; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            if (height == lanes) {
+#pragma GCC unroll 16
+                for (Index i = 0; i < lanes; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            } else {
+                for (Index i = 0; i < height; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            }
             transpose<T>(square);
-            for (Index r = 0; r < lanes && first + r < count; ++r) write(first + r, begin, square[r], height);
+            if (first + lanes <= count && height == lanes) {
+#pragma GCC unroll 16
+                for (Index r = 0; r < lanes; ++r) write(first + r, begin, square[r], lanes);
+            } else {
+                for (Index r = 0; r < lanes && first + r < count; ++r) write(first + r, begin, square[r], height);
+            }
         }
     }
 }
