@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "sharpcore/attention_adjoint.h"
+#include "sharpcore/attention_forward.h"
 #include "sharpcore/attention_tangent.h"
 #include "sharpcore/cpu_features.h"
 #include "sharpcore/geglu_tangent.h"
@@ -181,8 +182,8 @@ sharpcore::AttentionOperand operand(const OperandTuple& tuple) {
 sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const OperandTuple& k, const OperandTuple& v,
                                             const OperandTuple& out, Address lse,
                                             std::array<std::int64_t, 3> lse_strides, Address mask,
-                                            std::array<std::int64_t, 4> mask_strides, double scale, bool float64,
-                                            std::array<std::int64_t, 6> sizes) {
+                                            std::array<std::int64_t, 4> mask_strides, int mask_dtype, double scale,
+                                            int dtype, std::array<std::int64_t, 6> sizes) {
     const auto [batch, heads, rows, keys, width, value_width] = sizes;
     return {operand(q),
             operand(k),
@@ -192,13 +193,10 @@ sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const Operand
             lse_strides[0],
             lse_strides[1],
             lse_strides[2],
-            reinterpret_cast<void*>(mask),
-            mask_strides[0],
-            mask_strides[1],
-            mask_strides[2],
-            mask_strides[3],
+            {reinterpret_cast<void*>(mask), mask_strides[0], mask_strides[1], mask_strides[2], mask_strides[3],
+             static_cast<sharpcore::Dtype>(mask_dtype)},
             scale,
-            float64,
+            static_cast<sharpcore::Dtype>(dtype),
             batch,
             heads,
             rows,
@@ -207,14 +205,22 @@ sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const Operand
             value_width};
 }
 
-sharpcore::AttentionTangentArguments attention_tangent_arguments(OperandTuple q, OperandTuple k, OperandTuple v,
+sharpcore::AttentionForwardArguments attention_forward_arguments(OperandTuple q, OperandTuple k, OperandTuple v,
                                                                  OperandTuple out, Address lse,
                                                                  std::array<std::int64_t, 3> lse_strides, Address mask,
-                                                                 std::array<std::int64_t, 4> mask_strides, double scale,
-                                                                 bool float64, std::array<std::int64_t, 6> sizes,
-                                                                 OperandTuple result, OperandTuple dq, OperandTuple dk,
-                                                                 OperandTuple dv, std::int64_t count, int threads) {
-    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes),
+                                                                 std::array<std::int64_t, 4> mask_strides,
+                                                                 int mask_dtype, double scale, int dtype,
+                                                                 std::array<std::int64_t, 6> sizes, int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, mask_dtype, scale, dtype, sizes),
+            threads};
+}
+
+sharpcore::AttentionTangentArguments attention_tangent_arguments(
+    OperandTuple q, OperandTuple k, OperandTuple v, OperandTuple out, Address lse,
+    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, int mask_dtype,
+    double scale, int dtype, std::array<std::int64_t, 6> sizes, OperandTuple result, OperandTuple dq, OperandTuple dk,
+    OperandTuple dv, std::int64_t count, int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, mask_dtype, scale, dtype, sizes),
             operand(result),
             operand(dq),
             operand(dk),
@@ -225,10 +231,10 @@ sharpcore::AttentionTangentArguments attention_tangent_arguments(OperandTuple q,
 
 sharpcore::AttentionAdjointArguments attention_adjoint_arguments(
     OperandTuple q, OperandTuple k, OperandTuple v, OperandTuple out, Address lse,
-    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, double scale,
-    bool float64, std::array<std::int64_t, 6> sizes, OperandTuple cotangent, OperandTuple grad_q, OperandTuple grad_k,
-    OperandTuple grad_v, std::int64_t count, int threads) {
-    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, scale, float64, sizes),
+    std::array<std::int64_t, 3> lse_strides, Address mask, std::array<std::int64_t, 4> mask_strides, int mask_dtype,
+    double scale, int dtype, std::array<std::int64_t, 6> sizes, OperandTuple cotangent, OperandTuple grad_q,
+    OperandTuple grad_k, OperandTuple grad_v, std::int64_t count, int threads) {
+    return {attention_primal(q, k, v, out, lse, lse_strides, mask, mask_strides, mask_dtype, scale, dtype, sizes),
             operand(cotangent),
             operand(grad_q),
             operand(grad_k),
@@ -257,7 +263,7 @@ PYBIND11_MODULE(_C, module) {
     module.doc() = "C++ kernels of sharpcore; called through sharpcore.backends, which checks what is passed.";
     module.def(
         "isa", [] { return sharpcore::isa_name(sharpcore::active_isa()); },
-        "Instruction set of the kernels: portable, avx2 or avx512.");
+        "Instruction set of the kernels: portable, avx2, avx512 or avx512bf16.");
     module.def(
         "sanitizers", [] { return SHARPCORE_SANITIZE; }, "Sanitizers of this build, separated by commas, or nothing.");
     module.def(
@@ -288,20 +294,28 @@ PYBIND11_MODULE(_C, module) {
                   group_norm_forward_arguments, "out", "mean", "rstd", "x", "weight", "bias", "dtype", "eps", "batch",
                   "channels", "positions", "groups", "out_stride", "x_stride", "weight_stride", "bias_stride",
                   "channels_last", "silu", "threads");
+    define_kernel(module, "attention_forward",
+                  static_cast<void (*)(const sharpcore::AttentionForwardArguments&)>(
+                      [](const sharpcore::AttentionForwardArguments& arguments) {
+                          SHARPCORE_CALL_KERNEL(attention_forward, arguments);
+                      }),
+                  attention_forward_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
+                  "mask_dtype", "scale", "dtype", "sizes", "threads");
     define_kernel(module, "attention_tangent",
                   static_cast<void (*)(const sharpcore::AttentionTangentArguments&)>(
                       [](const sharpcore::AttentionTangentArguments& arguments) {
                           SHARPCORE_CALL_KERNEL(attention_tangent, arguments);
                       }),
                   attention_tangent_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
-                  "scale", "float64", "sizes", "result", "dq", "dk", "dv", "count", "threads");
+                  "mask_dtype", "scale", "dtype", "sizes", "result", "dq", "dk", "dv", "count", "threads");
     define_kernel(module, "attention_adjoint",
                   static_cast<void (*)(const sharpcore::AttentionAdjointArguments&)>(
                       [](const sharpcore::AttentionAdjointArguments& arguments) {
                           SHARPCORE_CALL_KERNEL(attention_adjoint, arguments);
                       }),
                   attention_adjoint_arguments, "q", "k", "v", "out", "lse", "lse_strides", "mask", "mask_strides",
-                  "scale", "float64", "sizes", "cotangent", "grad_q", "grad_k", "grad_v", "count", "threads");
+                  "mask_dtype", "scale", "dtype", "sizes", "cotangent", "grad_q", "grad_k", "grad_v", "count",
+                  "threads");
 
     const auto define_layer_norm = [&](const char* name, void (*kernel)(const sharpcore::LayerNormArguments&)) {
         define_kernel(module, name, kernel, layer_norm_arguments, "out", "vectors", "x", "mean", "rstd", "weight",

@@ -31,7 +31,8 @@ def run_python(code: str, **environment: str) -> subprocess.CompletedProcess[str
 def test_auto_takes_the_compiled_kernels_where_they_apply():
     assert get_backend("auto", device="cpu", dtype=torch.float32).name == "cpu"
     assert get_backend("auto", device=torch.device("cpu"), dtype=torch.float64).name == "cpu"
-    assert get_backend("auto", device="cpu", dtype=torch.bfloat16).name == "reference"
+    assert get_backend("auto", device="cpu", dtype=torch.bfloat16).name == "cpu"
+    assert get_backend("auto", device="cpu", dtype=torch.float16).name == "reference"
     assert get_backend("auto", device="cuda:0", dtype=torch.float32).name == "reference"
     assert get_backend("cpu", device="cpu", dtype=torch.bfloat16).name == "cpu"
     assert get_backend("reference", device="cpu", dtype=torch.float32).name == "reference"
@@ -72,10 +73,11 @@ def test_support_table_agrees_with_supports():
 def test_support_says_why_not():
     kernel = "group_norm_silu_tangent"
     assert supports("cpu", kernel, device="cpu", dtype=torch.float64)
-    half = supports("cpu", kernel, device="cpu", dtype=torch.bfloat16)
+    assert supports("cpu", kernel, device="cpu", dtype=torch.bfloat16)
+    half = supports("cpu", kernel, device="cpu", dtype=torch.float16)
     assert not half
-    assert "float32 and float64" in half.reason
-    assert "bfloat16" in half.reason
+    assert "float32 and float64 and bfloat16" in half.reason
+    assert "float16" in half.reason
     assert "cuda" in supports("cpu", kernel, device="cuda", dtype=torch.float32).reason
     assert "int64" in supports("reference", kernel, device="cpu", dtype=torch.int64).reason
     with pytest.raises(InvalidInput, match="kernel: expected one of"):
@@ -130,14 +132,19 @@ def test_wrong_instruction_set_is_named():
         "try:\n    cpu.extension()\nexcept InvalidInput as error:\n    print(error)"
     )
     done = run_python(code, SHARPCORE_CPU_ISA="sse9")
-    assert "SHARPCORE_CPU_ISA: expected portable, avx2 or avx512, got sse9" in done.stdout, done.stderr
+    expected = "SHARPCORE_CPU_ISA: expected portable, avx2, avx512 or avx512bf16, got sse9"
+    assert expected in done.stdout, done.stderr
 
 
 @needs_extension
 def test_features_of_the_cpu():
     native = cpu.extension()
-    assert native.isa() in ("portable", "avx2", "avx512")
+    assert native.isa() in ("portable", "avx2", "avx512", "avx512bf16")
     features = native.cpu_features()
     assert all(isinstance(present, bool) for present in features.values())
-    if native.isa() == "avx512":
+    if native.isa().startswith("avx512"):
         assert features["avx512"]
+    if native.isa() == "avx512bf16":
+        assert features["avx512_bf16"]
+    if features.get("avx512_bf16") and "SHARPCORE_CPU_ISA" not in os.environ:
+        assert native.isa() == "avx512bf16"

@@ -7,6 +7,7 @@
 // on the number of threads.
 #include "sharpcore/attention_adjoint.h"
 
+#include "sharpcore/attention_shares.h"
 #include "sharpcore/attention_tile.h"
 #include "sharpcore/parallel.h"
 
@@ -29,38 +30,44 @@ constexpr Index tiles_of(Index size) {
 }
 
 // The part of the arguments that belongs to one batch entry, one head and some cotangents.
-template <class T>
+template <class N>
 struct Part {
+    using T = typename N::T;
+    using Storage = typename N::Storage;
+
     const Arguments& arguments;
     Index batch, head, first_cotangent, cotangents;
 
-    Rows<T> primal(const AttentionOperand& operand) const { return Rows<T>(operand, 0, batch, head); }
-    Rows<T> vectors(const AttentionOperand& operand, Index index) const {
-        return Rows<T>(operand, first_cotangent + index, batch, head);
+    Rows<Storage> primal(const AttentionOperand& operand) const { return {operand, 0, batch, head}; }
+    Rows<Storage> vectors(const AttentionOperand& operand, Index index) const {
+        return {operand, first_cotangent + index, batch, head};
     }
-    const T* lse(Index row) const {
-        const AttentionPrimal& p = arguments.primal;
-        return static_cast<const T*>(p.lse) + batch * p.lse_batch_stride + head * p.lse_head_stride +
-               row * p.lse_row_stride;
+    Scaling<typename N::Term> scaling() const {
+        return {arguments.primal.scale, arguments.primal.mask.data != nullptr};
     }
-    const T* mask(Index row, Index key) const {
+    T lse(Index row) const {
         const AttentionPrimal& p = arguments.primal;
-        return static_cast<const T*>(p.mask) + batch * p.mask_batch_stride + head * p.mask_head_stride +
-               row * p.mask_row_stride + key * p.mask_key_stride;
+        return static_cast<const T*>(
+            p.lse)[batch * p.lse_batch_stride + head * p.lse_head_stride + row * p.lse_row_stride];
+    }
+    // The entry of the mask that belongs to a row and a key.
+    Index mask(Index row, Index key) const {
+        const AttentionMask& m = arguments.primal.mask;
+        return batch * m.batch_stride + head * m.head_stride + row * m.row_stride + key * m.key_stride;
     }
 };
 
 // sums[r] = sum over j of a[first + r][j] b[first + r][j] for r < count
-template <class T>
-void row_products(T* sums, const Rows<T>& a, const Rows<T>& b, Index first, Index count, Index width) {
+template <class T, class Storage>
+void row_products(T* sums, const Rows<Storage>& a, const Rows<Storage>& b, Index first, Index count, Index width) {
     constexpr Index lanes = kLanes<T>;
     for (Index start = 0; start < count; start += lanes) {
         Vec<T> square[lanes] = {};
         for (Index r = 0; r < lanes && start + r < count; ++r) {
-            const T *left = a.row(first + start + r), *right = b.row(first + start + r);
+            const Storage *left = a.row(first + start + r), *right = b.row(first + start + r);
             Index j = 0;
             for (; j + lanes <= width; j += lanes) square[r] += load(left + j) * load(right + j);
-            if (j < width) square[r] += load_partial(left + j, width - j) * load_partial(right + j, width - j);
+            if (j < width) square[r] += load_first(left + j, width - j) * load_first(right + j, width - j);
         }
         transpose<T>(square);
         Vec<T> sum = square[0];
@@ -68,31 +75,58 @@ void row_products(T* sums, const Rows<T>& a, const Rows<T>& b, Index first, Inde
         if (start + lanes <= count)
             store(sums + start, sum);
         else
-            store_partial(sums + start, sum, count - start);
+            store_first(sums + start, sum, count - start);
     }
 }
 
-// tile[i] = P[i] * (panel^T rows[first + i] - shift), the shift belonging to the lanes or to the rows.
-template <bool shift_of_lanes, class T>
-void fill_change(T* tile, const T* probability, const T* panel, const T* shift, const Rows<T>& rows, Index first,
-                 Index count, Index width) {
+// change[i] = P[i] * (panel^T rows[i] - shift), the shift belonging to the lanes or to the rows, as terms of products
+// down the rows; with `keep` as numbers in `kept`, too.
+template <bool shift_of_lanes, bool keep, class Term, class T>
+void fill_change(Term* change, T* kept, const T* probability, const Term* panel, const T* shift, const Rows<Term>& rows,
+                 Index count, Index terms) {
     in_steps(count, [&](Index i, auto constant) {
         constexpr int down = decltype(constant)::value;
         Accumulators<T, down> product;
-        product.add_product(panel, rows.row(first + i), rows.stride, 1, width);
+        product.add_product(panel, rows.row(i), rows.stride, 1, terms);
 #pragma GCC unroll 4
         for (int h = 0; h < kAcross; ++h) {
+            Vec<T> x[down];
 #pragma GCC unroll 16
             for (int m = 0; m < down; ++m) {
-                const Index place = (i + m) * kTileRows<T> + h * kLanes<T>;
+                x[m] = product.at[m][h];
                 if constexpr (shift_of_lanes)
-                    product.at[m][h] -= load(shift + h * kLanes<T>);
+                    x[m] -= load(shift + h * kLanes<T>);
                 else
-                    product.at[m][h] -= shift[i + m];
-                store(tile + place, load(probability + place) * product.at[m][h]);
+                    x[m] -= shift[i + m];
+                x[m] *= load(probability + (i + m) * kTileRows<T> + h * kLanes<T>);
             }
+            store_terms(change + terms_of<Term>(i) * kTileRows<T> + h * kLanes<T>, x);
+            if constexpr (keep && kPaired<Term>) store_terms(kept + i * kTileRows<T> + h * kLanes<T>, x);
         }
     });
+}
+
+// P of a block in `probability`, and as terms of products down the rows in `probabilities` where that is not the same.
+template <bool shift_of_lanes, class N>
+void fill_probabilities(typename N::T* probability, typename N::Term* probabilities, const typename N::Term* panel,
+                        const Part<N>& part, Index mask, Index lane_stride, Index lanes, Index stride,
+                        const typename N::T* shift, const Rows<typename N::Term>& rows, Index count) {
+    using T = typename N::T;
+    using Term = typename N::Term;
+    const AttentionPrimal& p = part.arguments.primal;
+    const auto take = [&](Index i, int h, const auto& x) {
+        store_terms(probability + i * kTileRows<T> + h * kLanes<T>, x);
+        if constexpr (kPaired<Term>)
+            if (probabilities != nullptr)
+                store_terms(probabilities + terms_of<Term>(i) * kTileRows<T> + h * kLanes<T>, x);
+    };
+    const Index terms = terms_of<Term>(p.width);
+    if (p.mask.data != nullptr) {
+        fill_mask(probability, p.mask, mask, lane_stride, lanes, stride, count);
+        for_probabilities<true, shift_of_lanes>(probability, panel, part.scaling(), shift, rows, count, terms, take);
+    } else {
+        for_probabilities<false, shift_of_lanes>(probability, panel, part.scaling(), shift, rows, count, terms, take);
+    }
 }
 
 // to[lane][i] = from[i][lane] for i < kTileRows.
@@ -110,14 +144,14 @@ void transpose_tile(T* to, const T* from) {
 }
 
 // rows[first + r] = factor * column r of the panel, for r < count
-template <class T>
-void write_panel(const Rows<T>& rows, const T* panel, Index first, Index count, Index width, T factor) {
+template <class T, class Storage>
+void write_panel(const Rows<Storage>& rows, const T* panel, Index first, Index count, Index width, T factor) {
     unpack_panel(panel, count, width, [&](Index r, Index begin, Vec<T> entries, Index how_many) {
-        T* place = const_cast<T*>(rows.row(first + r)) + begin;
+        Storage* place = const_cast<Storage*>(rows.row(first + r)) + begin;
         if (how_many == kLanes<T>)
             store(place, factor * entries);
         else
-            store_partial(place, factor * entries, how_many);
+            store_first(place, factor * entries, how_many);
     });
 }
 
@@ -132,8 +166,8 @@ struct Work {
     Shares shares;
     bool gather;  // along keys: whether grad_q is gathered
 
-    template <class T>
-    Part<T> part(Index head, Index split) const {
+    template <class N>
+    Part<N> part(Index head, Index split) const {
         const Index first = split * arguments.count / shares.splits;
         const Index last = (split + 1) * arguments.count / shares.splits;
         return {arguments, head / arguments.primal.heads, head % arguments.primal.heads, first, last - first};
@@ -147,73 +181,102 @@ struct Work {
 
 // ---- Along rows ----
 
+template <class Term>
 constexpr Index panels_along_rows(const AttentionPrimal& p, Index cotangents) {
-    return kBlock + p.width + 1 + cotangents * (p.value_width + 1 + p.width);
+    const Index width = terms_of<Term>(p.width), value_width = terms_of<Term>(p.value_width);
+    return kBlock + width + 1 + cotangents * (value_width + 1 + p.width);
 }
 
-template <class T>
+// Bytes of scratch memory of a task: dS of a block, k and v of a block, and its tiles.
+template <class N>
+constexpr Index bytes_along_rows(const AttentionPrimal& p, Index tiles, Index cotangents) {
+    using T = typename N::T;
+    using Term = typename N::Term;
+    using Storage = typename N::Storage;
+    const Index panels = terms_of<Term>(kBlock) + tiles * panels_along_rows<Term>(p, cotangents);
+    const Index terms =
+        2 * terms_in_memory<Term, Storage>(kBlock, p.width) + terms_in_memory<Term, Storage>(kBlock, p.value_width);
+    return (panels * kTileRows<T> + terms) * static_cast<Index>(sizeof(T));
+}
+
+template <class N>
 struct RowTile {
-    T *probability, *query, *lse;    // [kBlock], [width]: scale * q, [1]
-    T *cotangents, *along, *grad_q;  // per cotangent: [value_width], [1]: rowsum(g * out), [width]
+    using T = typename N::T;
+    using Term = typename N::Term;
+
+    T *probability, *lse;      // [kBlock], [1]
+    Term *query, *cotangents;  // [terms of width], per cotangent: [terms of value_width]
+    T *along, *grad_q;         // per cotangent: [1]: rowsum(g * out), [width]
     Index first_row, rows;
 
     RowTile() = default;
     RowTile(T* memory, const AttentionPrimal& p, Index count, Index first)
         : probability(memory),
-          query(probability + kBlock * kTileRows<T>),
-          lse(query + p.width * kTileRows<T>),
-          cotangents(lse + kTileRows<T>),
-          along(cotangents + count * p.value_width * kTileRows<T>),
+          lse(probability + kBlock * kTileRows<T>),
+          query(reinterpret_cast<Term*>(lse + kTileRows<T>)),
+          cotangents(query + terms_of<Term>(p.width) * kTileRows<T>),
+          along(reinterpret_cast<T*>(cotangents + count * terms_of<Term>(p.value_width) * kTileRows<T>)),
           grad_q(along + count * kTileRows<T>),
           first_row(first),
           rows(p.rows - first < kTileRows<T> ? p.rows - first : kTileRows<T>) {}
+
+    const Term* cotangent(Index index, Index value_width) const {
+        return cotangents + index * terms_of<Term>(value_width) * kTileRows<T>;
+    }
 };
 
-template <class T>
-void pack(const RowTile<T>& tile, const Part<T>& part) {
+template <class N>
+void pack(const RowTile<N>& tile, const Part<N>& part) {
+    using T = typename N::T;
     const Arguments& a = part.arguments;
     const AttentionPrimal& p = a.primal;
-    const Rows<T> q = part.primal(p.q), out = part.primal(p.out);
-    pack_panel(tile.query, q.row(tile.first_row), q.stride, tile.rows, p.width, static_cast<T>(p.scale));
+    const auto q = part.primal(p.q), out = part.primal(p.out);
+    const auto scaling = part.scaling();
+    pack_panel(tile.query, q.row(tile.first_row), q.stride, tile.rows, p.width, scaling.panel);
     clear(tile.lse, 1);
-    for (Index r = 0; r < tile.rows; ++r) tile.lse[r] = shift_of(*part.lse(tile.first_row + r));
+    for (Index r = 0; r < tile.rows; ++r) tile.lse[r] = scaling.shift_of(part.lse(tile.first_row + r));
     clear(tile.along, part.cotangents * (1 + p.width));
     for (Index t = 0; t < part.cotangents; ++t) {
-        const Rows<T> g = part.vectors(a.cotangent, t);
-        pack_panel(tile.cotangents + t * p.value_width * kTileRows<T>, g.row(tile.first_row), g.stride, tile.rows,
-                   p.value_width, T(1));
+        const auto g = part.vectors(a.cotangent, t);
+        pack_panel(const_cast<typename N::Term*>(tile.cotangent(t, p.value_width)), g.row(tile.first_row), g.stride,
+                   tile.rows, p.value_width, T(1));
         row_products(tile.along + t * kTileRows<T>, g, out, tile.first_row, tile.rows, p.value_width);
     }
 }
 
-template <class T>
-void do_rows(const Part<T>& part, Index first_tile, Index tiles, T* memory) {
+template <class N>
+void do_rows(const Part<N>& part, Index first_tile, Index tiles, typename N::T* memory) {
+    using T = typename N::T;
+    using Term = typename N::Term;
+    using Storage = typename N::Storage;
     const Arguments& a = part.arguments;
     const AttentionPrimal& p = a.primal;
-    T* const change = memory;
-    memory += kBlock * kTileRows<T>;
-    RowTile<T> own[kTiles];
+    Term* const change = reinterpret_cast<Term*>(memory);
+    Term* const k_terms = change + terms_of<Term>(kBlock) * kTileRows<T>;
+    Term* const down_terms = k_terms + terms_in_memory<Term, Storage>(kBlock, p.width);
+    Term* const v_terms = down_terms + terms_in_memory<Term, Storage>(kBlock, p.width);
+    memory = reinterpret_cast<T*>(v_terms + terms_in_memory<Term, Storage>(kBlock, p.value_width));
+    RowTile<N> own[kTiles];
     for (Index i = 0; i < tiles; ++i) {
-        own[i] = RowTile<T>(memory, p, part.cotangents, (first_tile + i) * kTileRows<T>);
-        memory += panels_along_rows(p, part.cotangents) * kTileRows<T>;
+        own[i] = RowTile<N>(memory, p, part.cotangents, (first_tile + i) * kTileRows<T>);
+        memory += panels_along_rows<Term>(p, part.cotangents) * kTileRows<T>;
         pack(own[i], part);
     }
-    const Rows<T> k = part.primal(p.k), v = part.primal(p.v);
+    const Rows<Storage> k = part.primal(p.k), v = part.primal(p.v);
     for (Index key = 0; key < p.keys; key += kBlock) {
         const Index keys = p.keys - key < kBlock ? p.keys - key : kBlock;
+        const Rows<Term> k_along = along_rows(k_terms, k.from(key), keys, p.width);
+        const Rows<Term> k_down = down_rows(down_terms, k.from(key), keys, p.width);
+        const Rows<Term> v_along = along_rows(v_terms, v.from(key), keys, p.value_width);
         for (Index i = 0; i < tiles; ++i) {
-            const RowTile<T>& tile = own[i];
-            if (p.mask != nullptr) {
-                fill_mask(tile.probability, part.mask(tile.first_row, key), p.mask_row_stride, tile.rows,
-                          p.mask_key_stride, keys);
-                fill_probability<true, true>(tile.probability, tile.query, tile.lse, k, key, keys, p.width);
-            } else {
-                fill_probability<false, true>(tile.probability, tile.query, tile.lse, k, key, keys, p.width);
-            }
+            const RowTile<N>& tile = own[i];
+            fill_probabilities<true>(tile.probability, static_cast<Term*>(nullptr), tile.query, part,
+                                     part.mask(tile.first_row, key), p.mask.row_stride, tile.rows, p.mask.key_stride,
+                                     tile.lse, k_along, keys);
             for (Index t = 0; t < part.cotangents; ++t) {
-                fill_change<true>(change, tile.probability, tile.cotangents + t * p.value_width * kTileRows<T>,
-                                  tile.along + t * kTileRows<T>, v, key, keys, p.value_width);
-                add_product(tile.grad_q + t * p.width * kTileRows<T>, change, k, key, keys, p.width);
+                fill_change<true, false>(change, tile.probability, tile.probability, tile.cotangent(t, p.value_width),
+                                         tile.along + t * kTileRows<T>, v_along, keys, terms_of<Term>(p.value_width));
+                add_product(tile.grad_q + t * p.width * kTileRows<T>, change, k_down, terms_of<Term>(keys), p.width);
             }
         }
     }
@@ -225,107 +288,152 @@ void do_rows(const Part<T>& part, Index first_tile, Index tiles, T* memory) {
 
 // ---- Along keys ----
 
+template <class N>
 constexpr Index panels_along_keys(const AttentionPrimal& p, Index cotangents) {
-    return kBlock + (1 + cotangents) * (p.width + p.value_width);
+    using Term = typename N::Term;
+    return kBlock + (kPaired<Term> ? terms_of<Term>(kBlock) : 0) + terms_of<Term>(p.width) +
+           terms_of<Term>(p.value_width) + cotangents * (p.width + p.value_width) +
+           terms_in_memory<Term, typename N::Storage>(kTileRows<typename N::T>, p.width) / kTileRows<typename N::T>;
 }
 
-template <class T>
+template <class N>
 struct KeyTile {
-    T *probability, *key, *value;  // [kBlock], [width]: scale * k, [value_width]
-    T *grad_k, *grad_v;            // per cotangent: [width], [value_width]
+    using T = typename N::T;
+    using Term = typename N::Term;
+
+    T* probability;                     // [kBlock]
+    Term *probabilities, *key, *value;  // [terms of kBlock]: P again; [terms of width], [terms of value_width]
+    T *grad_k, *grad_v;                 // per cotangent: [width], [value_width]
+    Term* down_terms;
+    Rows<Term> down;  // the keys as terms of products down the keys
     Index first_key, keys;
 
     KeyTile() = default;
     KeyTile(T* memory, const AttentionPrimal& p, Index count, Index first)
         : probability(memory),
-          key(probability + kBlock * kTileRows<T>),
-          value(key + p.width * kTileRows<T>),
-          grad_k(value + p.value_width * kTileRows<T>),
+          probabilities(reinterpret_cast<Term*>(kPaired<Term> ? memory + kBlock * kTileRows<T> : memory)),
+          key(probabilities + terms_of<Term>(kBlock) * kTileRows<T>),
+          value(key + terms_of<Term>(p.width) * kTileRows<T>),
+          grad_k(reinterpret_cast<T*>(value + terms_of<Term>(p.value_width) * kTileRows<T>)),
           grad_v(grad_k + count * p.width * kTileRows<T>),
+          down_terms(reinterpret_cast<Term*>(grad_v + count * p.value_width * kTileRows<T>)),
           first_key(first),
           keys(p.keys - first < kTileRows<T> ? p.keys - first : kTileRows<T>) {}
 };
 
-// Scratch memory that the tiles of a task share: dS of a block and its transpose, and for the rows of a block the
-// log-sum-exp and each cotangent's rowsum(g * out).
-template <class T>
+// Scratch memory that the tiles of a task share: dS of a block, as terms and transposed, and for the rows of a block
+// the log-sum-exp, each cotangent's rowsum(g * out), and operands as terms along and down the rows.
+template <class N>
 struct Shared {
-    T *change, *transposed, *lse, *along;
+    using T = typename N::T;
+    using Term = typename N::Term;
 
-    static constexpr Index entries(Index cotangents) { return 2 * kBlock * kTileRows<T> + (1 + cotangents) * kBlock; }
-    explicit Shared(T* memory)
-        : change(memory),
-          transposed(change + kBlock * kTileRows<T>),
-          lse(transposed + kBlock * kTileRows<T>),
-          along(lse + kBlock) {}
+    T *kept, *transposed;             // [kBlock], [kTileRows]
+    Term *change, *transposed_terms;  // [terms of kBlock], [terms of kTileRows]: the same memory unless paired
+    T *lse, *along;                   // kBlock numbers, and so many for each cotangent
+    Term *q_along, *q_down, *g_along, *g_down;
+
+    static constexpr Index panels =
+        kBlock + kTileRows<T> + (kPaired<Term> ? terms_of<Term>(kBlock) + terms_of<Term>(kTileRows<T>) : 0);
+    static constexpr Index terms(Index width) { return terms_in_memory<Term, typename N::Storage>(kBlock, width); }
+    static constexpr Index entries(const AttentionPrimal& p, Index cotangents) {
+        return panels * kTileRows<T> + (1 + cotangents) * kBlock + 2 * (terms(p.width) + terms(p.value_width));
+    }
+    Shared(T* memory, const AttentionPrimal& p, Index cotangents)
+        : kept(memory),
+          transposed(kept + kBlock * kTileRows<T>),
+          change(reinterpret_cast<Term*>(kPaired<Term> ? transposed + kTileRows<T> * kTileRows<T> : kept)),
+          transposed_terms(kPaired<Term> ? change + terms_of<Term>(kBlock) * kTileRows<T>
+                                         : reinterpret_cast<Term*>(transposed)),
+          lse(memory + panels * kTileRows<T>),
+          along(lse + kBlock),
+          q_along(reinterpret_cast<Term*>(along + cotangents * kBlock)),
+          q_down(q_along + terms(p.width)),
+          g_along(q_down + terms(p.width)),
+          g_down(g_along + terms(p.value_width)) {}
 };
 
 // grad_q += dS k for the keys of a tile; `gathered` holds a panel[width] for each tile of rows.
-template <class T>
-void add_grad_q(T* gathered, const Shared<T>& shared, const KeyTile<T>& tile, const Rows<T>& k, Index first_row,
-                Index rows, Index width) {
+template <class N>
+void add_grad_q(typename N::T* gathered, const Shared<N>& shared, const KeyTile<N>& tile, Index first_row, Index rows,
+                Index width) {
+    using T = typename N::T;
+    using Term = typename N::Term;
     for (Index r = 0; r < rows; r += kTileRows<T>) {
-        for (Index i = rows; i < r + kTileRows<T>; ++i) clear(shared.change + i * kTileRows<T>, 1);
-        transpose_tile(shared.transposed, shared.change + r * kTileRows<T>);
-        add_product(gathered + (first_row + r) * width, shared.transposed, k, tile.first_key, tile.keys, width);
+        for (Index i = rows; i < r + kTileRows<T>; ++i) clear(shared.kept + i * kTileRows<T>, 1);
+        transpose_tile(shared.transposed, shared.kept + r * kTileRows<T>);
+        if constexpr (kPaired<Term>) {
+            for (Index i = 0; i < tile.keys; i += 2) {
+                for (int h = 0; h < kAcross; ++h) {
+                    const T* from = shared.transposed + i * kTileRows<T> + h * kLanes<T>;
+                    const Vec<T> both[2] = {load(from), i + 1 < tile.keys ? load(from + kTileRows<T>) : Vec<T>{}};
+                    store_terms(shared.transposed_terms + i / 2 * kTileRows<T> + h * kLanes<T>, both);
+                }
+            }
+        }
+        add_product(gathered + (first_row + r) * width, shared.transposed_terms, tile.down, terms_of<Term>(tile.keys),
+                    width);
     }
 }
 
-template <class T>
-void do_keys(const Part<T>& part, Index first_tile, Index tiles, T* memory, T* gathered) {
+template <class N>
+void do_keys(const Part<N>& part, Index first_tile, Index tiles, typename N::T* memory, typename N::T* gathered) {
+    using T = typename N::T;
+    using Term = typename N::Term;
+    using Storage = typename N::Storage;
     const Arguments& a = part.arguments;
     const AttentionPrimal& p = a.primal;
     const bool with_k = a.grad_k.data != nullptr, with_v = a.grad_v.data != nullptr;
     const Index gathered_panels = tiles_of<T>(p.rows) * p.width;
-    const Rows<T> q = part.primal(p.q), k = part.primal(p.k), v = part.primal(p.v), out = part.primal(p.out);
-    const T scale = static_cast<T>(p.scale);
-    const Shared<T> shared(memory);
-    memory += Shared<T>::entries(part.cotangents);
-    KeyTile<T> own[kTiles];
+    const Rows<Storage> q = part.primal(p.q), k = part.primal(p.k), v = part.primal(p.v), out = part.primal(p.out);
+    const auto scaling = part.scaling();
+    const Shared<N> shared(memory, p, part.cotangents);
+    memory += Shared<N>::entries(p, part.cotangents);
+    KeyTile<N> own[kTiles];
     for (Index i = 0; i < tiles; ++i) {
-        const KeyTile<T>& tile = own[i] = KeyTile<T>(memory, p, part.cotangents, (first_tile + i) * kTileRows<T>);
-        memory += panels_along_keys(p, part.cotangents) * kTileRows<T>;
-        pack_panel(tile.key, k.row(tile.first_key), k.stride, tile.keys, p.width, scale);
+        KeyTile<N>& tile = own[i] = KeyTile<N>(memory, p, part.cotangents, (first_tile + i) * kTileRows<T>);
+        memory += panels_along_keys<N>(p, part.cotangents) * kTileRows<T>;
+        pack_panel(tile.key, k.row(tile.first_key), k.stride, tile.keys, p.width, scaling.panel);
         pack_panel(tile.value, v.row(tile.first_key), v.stride, tile.keys, p.value_width, T(1));
         clear(tile.grad_k, part.cotangents * (p.width + p.value_width));
+        tile.down = down_rows(tile.down_terms, k.from(tile.first_key), tile.keys, p.width);
     }
     for (Index row = 0; row < p.rows; row += kBlock) {
-        const Index rows = p.rows - row < kBlock ? p.rows - row : kBlock;
-        for (Index r = 0; r < rows; ++r) shared.lse[r] = shift_of(*part.lse(row + r));
+        const Index rows = p.rows - row < kBlock ? p.rows - row : kBlock, terms = terms_of<Term>(rows);
+        const Rows<Term> q_along = along_rows(shared.q_along, q.from(row), rows, p.width);
+        const Rows<Term> q_down = down_rows(shared.q_down, q.from(row), rows, p.width);
+        for (Index r = 0; r < rows; ++r) shared.lse[r] = scaling.shift_of(part.lse(row + r));
         for (Index t = 0; t < part.cotangents; ++t)
             row_products(shared.along + t * kBlock, part.vectors(a.cotangent, t), out, row, rows, p.value_width);
-        for (Index i = 0; i < tiles; ++i) {
-            const KeyTile<T>& tile = own[i];
-            if (p.mask != nullptr) {
-                fill_mask(tile.probability, part.mask(row, tile.first_key), p.mask_key_stride, tile.keys,
-                          p.mask_row_stride, rows);
-                fill_probability<true, false>(tile.probability, tile.key, shared.lse, q, row, rows, p.width);
-            } else {
-                fill_probability<false, false>(tile.probability, tile.key, shared.lse, q, row, rows, p.width);
-            }
-        }
+        for (Index i = 0; i < tiles; ++i)
+            fill_probabilities<false>(own[i].probability, with_v ? own[i].probabilities : nullptr, own[i].key, part,
+                                      part.mask(row, own[i].first_key), p.mask.key_stride, own[i].keys,
+                                      p.mask.row_stride, shared.lse, q_along, rows);
         for (Index t = 0; t < part.cotangents; ++t) {
-            const Rows<T> g = part.vectors(a.cotangent, t);
+            const Rows<Storage> g = part.vectors(a.cotangent, t).from(row);
+            const Rows<Term> g_along = along_rows(shared.g_along, g, rows, p.value_width);
+            const Rows<Term> g_down = down_rows(shared.g_down, g, rows, p.value_width);
             for (Index i = 0; i < tiles; ++i) {
-                const KeyTile<T>& tile = own[i];
+                const KeyTile<N>& tile = own[i];
                 if (with_v)
-                    add_product(tile.grad_v + t * p.value_width * kTileRows<T>, tile.probability, g, row, rows,
+                    add_product(tile.grad_v + t * p.value_width * kTileRows<T>, tile.probabilities, g_down, terms,
                                 p.value_width);
                 if (!with_k && gathered == nullptr) continue;
-                fill_change<false>(shared.change, tile.probability, tile.value, shared.along + t * kBlock, g, row, rows,
-                                   p.value_width);
-                if (with_k) add_product(tile.grad_k + t * p.width * kTileRows<T>, shared.change, q, row, rows, p.width);
+                fill_change<false, true>(shared.change, shared.kept, tile.probability, tile.value,
+                                         shared.along + t * kBlock, g_along, rows, terms_of<Term>(p.value_width));
+                if (with_k)
+                    add_product(tile.grad_k + t * p.width * kTileRows<T>, shared.change, q_down, terms, p.width);
                 if (gathered != nullptr)
-                    add_grad_q(gathered + t * gathered_panels * kTileRows<T>, shared, tile, k, row, rows, p.width);
+                    add_grad_q(gathered + t * gathered_panels * kTileRows<T>, shared, tile, row, rows, p.width);
             }
         }
     }
     for (Index t = 0; t < part.cotangents; ++t) {
         for (Index i = 0; i < tiles; ++i) {
-            const KeyTile<T>& tile = own[i];
+            const KeyTile<N>& tile = own[i];
             if (with_k)
                 write_panel(part.vectors(a.grad_k, t), tile.grad_k + t * p.width * kTileRows<T>, tile.first_key,
-                            tile.keys, p.width, scale);
+                            tile.keys, p.width, static_cast<T>(p.scale));
             if (with_v)
                 write_panel(part.vectors(a.grad_v, t), tile.grad_v + t * p.value_width * kTileRows<T>, tile.first_key,
                             tile.keys, p.value_width, T(1));
@@ -335,17 +443,19 @@ void do_keys(const Part<T>& part, Index first_tile, Index tiles, T* memory, T* g
 
 // ---- Tasks ----
 
-template <class T>
+template <class N>
 void rows_task(const void* job, Index task, int slot) noexcept {
+    using T = typename N::T;
     const Work& work = *static_cast<const Work*>(job);
     const Shares& shares = work.shares;
     const Index split = task % shares.splits, group = task / shares.splits % shares.groups;
-    do_rows(work.part<T>(task / shares.splits / shares.groups, split), group * shares.tiles,
+    do_rows(work.part<N>(task / shares.splits / shares.groups, split), group * shares.tiles,
             work.tiles(group, tiles_of<T>(work.arguments.primal.rows)), static_cast<T*>(work.scratch.slot(slot)));
 }
 
-template <class T>
+template <class N>
 void keys_task(const void* job, Index task, int slot) noexcept {
+    using T = typename N::T;
     const Work& work = *static_cast<const Work*>(job);
     const AttentionPrimal& p = work.arguments.primal;
     const Shares& shares = work.shares;
@@ -353,11 +463,11 @@ void keys_task(const void* job, Index task, int slot) noexcept {
     T* memory = static_cast<T*>(work.scratch.slot(slot));
     if (!work.gather) {
         const Index group = task / shares.splits % shares.groups;
-        do_keys(work.part<T>(task / shares.splits / shares.groups, split), group * shares.tiles, work.tiles(group, all),
+        do_keys(work.part<N>(task / shares.splits / shares.groups, split), group * shares.tiles, work.tiles(group, all),
                 memory, static_cast<T*>(nullptr));
         return;
     }
-    const Part<T> part = work.part<T>(task / shares.splits, split);
+    const Part<N> part = work.part<N>(task / shares.splits, split);
     const Index panels = tiles_of<T>(p.rows) * p.width;
     T* const gathered = memory;
     memory += part.cotangents * panels * kTileRows<T>;
@@ -365,7 +475,7 @@ void keys_task(const void* job, Index task, int slot) noexcept {
     for (Index group = 0; group < shares.groups; ++group)
         do_keys(part, group * shares.tiles, work.tiles(group, all), memory, gathered);
     for (Index t = 0; t < part.cotangents; ++t) {
-        const Rows<T> grad_q = part.vectors(work.arguments.grad_q, t);
+        const auto grad_q = part.vectors(work.arguments.grad_q, t);
         for (Index row = 0; row < p.rows; row += kTileRows<T>) {
             const Index rows = p.rows - row < kTileRows<T> ? p.rows - row : kTileRows<T>;
             write_panel(grad_q, gathered + t * panels * kTileRows<T> + row * p.width, row, rows, p.width,
@@ -374,8 +484,10 @@ void keys_task(const void* job, Index task, int slot) noexcept {
     }
 }
 
-template <class T>
+template <class Storage>
 void run(const Arguments& a) {
+    using N = Numbers<Storage>;
+    using T = typename N::T;
     const AttentionPrimal& p = a.primal;
     const Index heads = p.batch * p.heads;
     const int threads = a.threads > 1 ? a.threads : 1;
@@ -384,8 +496,8 @@ void run(const Arguments& a) {
     const bool gather = along_keys && a.grad_q.data != nullptr && heads >= kHeadsForOnePass;
     if (along_keys) {
         const auto bytes = [&](Index tiles, Index cotangents) {
-            return Shared<T>::entries(cotangents) * static_cast<Index>(sizeof(T)) +
-                   tiles * panels_along_keys(p, cotangents) * panel;
+            return Shared<N>::entries(p, cotangents) * static_cast<Index>(sizeof(T)) +
+                   tiles * panels_along_keys<N>(p, cotangents) * panel;
         };
         const Index gathered = gather ? tiles_of<T>(p.rows) * p.width * panel : 0;
         const Index most = gathered * a.count > kGatheredBytes ? kGatheredBytes / gathered : a.count;
@@ -393,26 +505,28 @@ void run(const Arguments& a) {
         const Shares shares = share_out(heads, tiles_of<T>(p.keys), a.count, threads, bytes, gather, splits);
         const Scratch scratch(threads, bytes(shares.tiles, shares.tangents) + shares.tangents * gathered);
         const Work work{a, scratch, shares, gather};
-        parallel_for(shares.tasks(), threads, keys_task<T>, &work);
+        parallel_for(shares.tasks(), threads, keys_task<N>, &work);
     }
     if (a.grad_q.data != nullptr && !gather) {
-        const auto bytes = [&](Index tiles, Index cotangents) {
-            return (kBlock + tiles * panels_along_rows(p, cotangents)) * panel;
-        };
+        const auto bytes = [&](Index tiles, Index cotangents) { return bytes_along_rows<N>(p, tiles, cotangents); };
         const Shares shares = share_out(heads, tiles_of<T>(p.rows), a.count, threads, bytes);
         const Scratch scratch(threads, bytes(shares.tiles, shares.tangents));
         const Work work{a, scratch, shares, false};
-        parallel_for(shares.tasks(), threads, rows_task<T>, &work);
+        parallel_for(shares.tasks(), threads, rows_task<N>, &work);
     }
 }
 
 }  // namespace
 
 void attention_adjoint(const Arguments& arguments) {
-    if (arguments.primal.float64)
-        run<double>(arguments);
-    else
-        run<float>(arguments);
+    switch (arguments.primal.dtype) {
+        case Dtype::float32:
+            return run<float>(arguments);
+        case Dtype::float64:
+            return run<double>(arguments);
+        case Dtype::bfloat16:
+            return run<bfloat16>(arguments);
+    }
 }
 
 }  // namespace sharpcore::SHARPCORE_ISA

@@ -14,11 +14,21 @@
 namespace sharpcore {
 namespace {
 
+#if SHARPCORE_X86
+// The bit of CPUID leaf 7, subleaf 1; that the operating system keeps the registers is avx512's to say.
+bool has_avx512_bf16() {
+    unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax >> 5 & 1);
+}
+#endif
+
 bool available(Isa isa) {
 #if SHARPCORE_X86
     __builtin_cpu_init();
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
     switch (isa) {
+        case Isa::avx512bf16:
+            return available(Isa::avx512) && has_avx512_bf16();
         case Isa::avx512:
             return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
@@ -33,7 +43,7 @@ bool available(Isa isa) {
 
 Isa choose() {
     const char* wish = std::getenv("SHARPCORE_CPU_ISA");
-    for (Isa isa : {Isa::avx512, Isa::avx2, Isa::portable}) {
+    for (Isa isa : {Isa::avx512bf16, Isa::avx512, Isa::avx2, Isa::portable}) {
         if (wish == nullptr || *wish == '\0') {
             if (available(isa)) return isa;
         } else if (std::string(wish) == isa_name(isa)) {
@@ -41,13 +51,16 @@ Isa choose() {
             throw std::runtime_error(std::string("SHARPCORE_CPU_ISA: this CPU or build has no ") + wish);
         }
     }
-    throw std::invalid_argument(std::string("SHARPCORE_CPU_ISA: expected portable, avx2 or avx512, got ") + wish);
+    throw std::invalid_argument(std::string("SHARPCORE_CPU_ISA: expected portable, avx2, avx512 or avx512bf16, got ") +
+                                wish);
 }
 
 }  // namespace
 
 const char* isa_name(Isa isa) {
     switch (isa) {
+        case Isa::avx512bf16:
+            return "avx512bf16";
         case Isa::avx512:
             return "avx512";
         case Isa::avx2:
@@ -66,17 +79,15 @@ Isa active_isa() {
 std::vector<std::pair<std::string, bool>> cpu_features() {
     std::vector<std::pair<std::string, bool>> features;
 #if SHARPCORE_X86
-    const bool avx512 = available(Isa::avx512);
     unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
     const bool extended = __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0;
     const bool amx_tile = extended && (edx >> 24 & 1);
     const bool amx_bf16 = amx_tile && (edx >> 22 & 1);
-    const bool subleaf = __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0;
     features = {
         {"avx2", __builtin_cpu_supports("avx2") != 0},
         {"fma", __builtin_cpu_supports("fma") != 0},
-        {"avx512", avx512},
-        {"avx512_bf16", avx512 && subleaf && (eax >> 5 & 1)},
+        {"avx512", available(Isa::avx512)},
+        {"avx512_bf16", available(Isa::avx512bf16)},
         {"amx_bf16", amx_bf16},
     };
 #endif

@@ -15,35 +15,35 @@ class Attention(LinearMap):
     """O' = P V' + P (S' - rowsum(P S')) V with S' = scale (Q' K^T + Q K'^T), for the operands that carry
     tangents."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, call: Call) -> None:
         self.q, self.k, self.v, self.mask, self.scale = call.args
         self.out, self.lse = call.out
         self.active = tuple(i in call.active for i in range(3))
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def _primal(self) -> tuple[Tensor, ...]:
+        return self.q, self.k, self.v, self.out, self.lse
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         given = iter(tangents)
         dq, dk, dv = (next(given) if active else None for active in self.active)
-        return (
-            kernels.attention_tangent(
-                self.q, self.k, self.v, self.out, self.lse, dq, dk, dv, mask=self.mask, scale=self.scale
-            ),
-        )
+        settings = {"mask": self.mask, "scale": self.scale, "out": out}
+        return (kernels.attention_tangent(*self._primal(), dq, dk, dv, **settings),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
         cotangent = cotangents[0]
         if cotangent is None:
             return (None,) * sum(self.active)
-        grads = kernels.attention_adjoint(
-            self.q,
-            self.k,
-            self.v,
-            self.out,
-            self.lse,
-            cotangent,
-            mask=self.mask,
-            scale=self.scale,
-            needed=self.active,
-        )
+        given = iter(out or ())
+        places = tuple(next(given) if active else None for active in self.active) if out else None
+        settings = {"mask": self.mask, "scale": self.scale, "needed": self.active, "out": places}
+        grads = kernels.attention_adjoint(*self._primal(), cotangent, **settings)
         return tuple(grad for grad in grads if grad is not None)
 
     def flops(self, k: int) -> int:

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "sharpcore/dtype.h"
 #include "sharpcore/isa.h"
 
 namespace sharpcore {
@@ -14,6 +15,14 @@ struct AttentionOperand {
     std::int64_t count_stride, batch_stride, head_stride, row_stride;
 };
 
+// [batch, heads, rows, keys], added to the scores; null data: zeros. Strides of 0 where it is broadcast. Its type is
+// bfloat16, or what the log-sum-exp has.
+struct AttentionMask {
+    const void* data;
+    std::int64_t batch_stride, head_stride, row_stride, key_stride;
+    Dtype dtype;
+};
+
 // What the tangent and its transpose know of the primal pass: out = softmax(scale q k^T + mask) v.
 struct AttentionPrimal {
     AttentionOperand q;    // [batch, heads, rows, width]
@@ -22,10 +31,9 @@ struct AttentionPrimal {
     AttentionOperand out;  // [batch, heads, rows, value_width]
     const void* lse;       // [batch, heads, rows]: log-sum-exp of the scores of each row
     std::int64_t lse_batch_stride, lse_head_stride, lse_row_stride;
-    const void* mask;  // [batch, heads, rows, keys], or null: zeros; strides of 0 where it is broadcast
-    std::int64_t mask_batch_stride, mask_head_stride, mask_row_stride, mask_key_stride;
+    AttentionMask mask;
     double scale;
-    bool float64;  // the type of every tensor: double, or float
+    Dtype dtype;  // of every other tensor, except that the log-sum-exp of bfloat16 is float
     std::int64_t batch, heads, rows, keys, width, value_width;
 };
 

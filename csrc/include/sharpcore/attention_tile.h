@@ -1,22 +1,15 @@
 // Tiles of attention and the products between them; for kernel sources only.
 //
-// Rows of one operand lie in the lanes of the vectors and entries of the other are broadcast. So the statistics of a
-// row are vectors, nothing is summed across lanes, head sizes need not fill a vector, and the broadcast operand is read
-// where it lies, with whatever strides it has.
+// Rows of one operand lie in the lanes of the vectors and terms of the other are broadcast. So the statistics of a row
+// are vectors, nothing is summed across lanes, head sizes need not fill a vector, and the broadcast operand is read
+// where it lies, with whatever strides it has, unless its numbers are stored otherwise than they are multiplied.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
 #include "sharpcore/attention_tangent.h"
-#include "sharpcore/simd.h"
-
-#if defined(__AVX512F__)
-#include <immintrin.h>
-#endif
-
-// For functions whose vectors must stay in registers: those of the innermost loops.
-#define SHARPCORE_INLINE inline __attribute__((always_inline))
+#include "sharpcore/attention_term.h"
 
 namespace sharpcore::SHARPCORE_ISA {
 
@@ -65,7 +58,8 @@ struct Accumulators {
     Vec<T> at[down][kAcross] = {};
 
     // at[m] += sum over i of scalars[m * down_stride + i * term_stride] * (row i of `lanes`)
-    SHARPCORE_INLINE void add_product(const T* lanes, const T* scalars, Index down_stride, Index term_stride,
+    template <class Term>
+    SHARPCORE_INLINE void add_product(const Term* lanes, const Term* scalars, Index down_stride, Index term_stride,
                                       Index terms) {
         for (Index i = 0; i < terms; ++i) {
             Vec<T> row[kAcross];
@@ -73,83 +67,13 @@ struct Accumulators {
             for (int h = 0; h < kAcross; ++h) row[h] = load(lanes + i * kTileRows<T> + h * kLanes<T>);
 #pragma GCC unroll 16
             for (int m = 0; m < down; ++m) {
-                const T scalar = scalars[m * down_stride + i * term_stride];
+                const Term scalar = scalars[m * down_stride + i * term_stride];
 #pragma GCC unroll 4
-                for (int h = 0; h < kAcross; ++h) at[m][h] += scalar * row[h];
+                for (int h = 0; h < kAcross; ++h) at[m][h] = add_term(at[m][h], scalar, row[h]);
             }
         }
     }
 };
-
-// max(x, low), NaN where x is NaN.
-template <class T>
-inline Vec<T> at_least(Vec<T> x, T low) {
-#if defined(__AVX512F__)
-    // One instruction; the comparison below becomes two. GCC warns of the unmasked intrinsic.
-    if constexpr (sizeof(T) == 4)
-        return _mm512_mask_max_ps(x, 0xffff, broadcast(low), x);
-    else
-        return _mm512_mask_max_pd(x, 0xff, broadcast(low), x);
-#else
-    return x < low ? broadcast(low) : x;
-#endif
-}
-
-// What exp_or_zero needs of a type: the power that becomes zero, and a polynomial for 2^r on [-1/2, 1/2]: minimax of
-// relative error 2.6e-9 in float, Taylor's in double, ln(2)^i / i!.
-template <class T>
-struct PowerConstants;
-
-template <>
-struct PowerConstants<float> {
-    static constexpr float low = -88.2f;
-    static constexpr int degree = 6;
-    static constexpr float coefficients[] = {1.0f,           0x1.62e432p-1f,  0x1.ebfbe2p-3f, 0x1.c6ae72p-5f,
-                                             0x1.3b270ep-7f, 0x1.5f7276p-10f, 0x1.470b4ap-13f};
-};
-
-template <>
-struct PowerConstants<double> {
-    static constexpr double low = -709.2;
-    static constexpr int degree = 13;
-    static constexpr double coefficients[] = {0x1.0000000000000p+0,  0x1.62e42fefa39efp-1,  0x1.ebfbdff82c58fp-3,
-                                              0x1.c6b08d704a0c0p-5,  0x1.3b2ab6fba4e77p-7,  0x1.5d87fe78a6731p-10,
-                                              0x1.430912f86c787p-13, 0x1.ffcbfc588b0c7p-17, 0x1.62c0223a5c824p-20,
-                                              0x1.b5253d395e7c4p-24, 0x1.e4cf5158b8ecap-28, 0x1.e8cac7351bb25p-32,
-                                              0x1.c3bd650fc2986p-36, 0x1.816193166d0f9p-40};
-};
-
-// x = exp(x), zero where x < -87.7 (float) or -708.7 (double); for x below 88 or 709. Several vectors at once, step by
-// step, hide the latency of the steps.
-template <class T, int n>
-SHARPCORE_INLINE void exp_or_zero(Vec<T> (&x)[n]) {
-    using C = ExpConstants<T>;
-    using P = PowerConstants<T>;
-    using Bits = typename VectorOf<T>::Bits;
-    constexpr T log2e = static_cast<T>(1.4426950408889634);
-    Vec<T> shifted[n], sum[n];
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) x[i] = at_least<T>(x[i], P::low);
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) shifted[i] = x[i] * log2e + C::shift;
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) x[i] = x[i] * log2e - (shifted[i] - C::shift);
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) sum[i] = P::coefficients[P::degree] * x[i] + P::coefficients[P::degree - 1];
-#pragma GCC unroll 16
-    for (int term = P::degree - 2; term >= 0; --term)
-#pragma GCC unroll 16
-        for (int i = 0; i < n; ++i) sum[i] = sum[i] * x[i] + P::coefficients[term];
-#pragma GCC unroll 16
-    for (int i = 0; i < n; ++i) {
-        Bits power;
-        std::memcpy(&power, &shifted[i], sizeof(power));
-        power = (power << C::mantissa) + C::one;
-        Vec<T> scale;
-        std::memcpy(&scale, &power, sizeof(scale));
-        x[i] = sum[i] * scale;
-    }
-}
 
 // A [a0, b0, a1, b1, ...] of the lower (or upper) halves of two vectors.
 #if defined(__clang__) || __GNUC__ >= 12
@@ -185,23 +109,104 @@ inline void transpose(Vec<T> (&square)[kLanes<T>]) {
     }
 }
 
-// panel[e][r] = scale * rows[r][e] for e < width, r < kTileRows; zero for r >= count.
+// load_partial and store_partial of simd.h, in one instruction where there is one.
 template <class T>
-void pack_panel(T* panel, const T* rows, Index row_stride, Index count, Index width, T scale) {
+inline Vec<T> load_first(const T* from, Index count) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        return _mm512_maskz_loadu_ps((1u << count) - 1, from);
+    else
+        return _mm512_maskz_loadu_pd((1u << count) - 1, from);
+#else
+    return load_partial(from, count);
+#endif
+}
+
+template <class T>
+inline void store_first(T* to, Vec<T> vector, Index count) {
+#if defined(__AVX512F__)
+    if constexpr (sizeof(T) == 4)
+        _mm512_mask_storeu_ps(to, (1u << count) - 1, vector);
+    else
+        _mm512_mask_storeu_pd(to, (1u << count) - 1, vector);
+#else
+    store_partial(to, vector, count);
+#endif
+}
+
+inline Vec<float> load_first(const bfloat16* from, Index count) {
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+#else
+    return load_partial(from, count);
+#endif
+}
+
+inline void store_first(bfloat16* to, Vec<float> vector, Index count) {
+#if defined(__AVX512F__)
+    bfloat16 rounded[kLanes<float>];
+    store(rounded, vector);
+    _mm256_mask_storeu_epi16(to, (1u << count) - 1, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(rounded)));
+#else
+    store_partial(to, vector, count);
+#endif
+}
+
+// panel[e][r] = scale * rows[r][e] for e < width, r < kTileRows; zero for r >= count.
+template <class T, class Storage>
+void pack_panel(T* panel, const Storage* rows, Index row_stride, Index count, Index width, T scale) {
     constexpr Index lanes = kLanes<T>;
     for (Index first = 0; first < kTileRows<T>; first += lanes) {
         for (Index e = 0; e < width; e += lanes) {
             // The last square moves back over the one before it, or is read in part where there is none.
             const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
+            const Storage* corner = rows + first * row_stride + begin;
             Vec<T> square[lanes] = {};
-            for (Index r = 0; r < lanes && first + r < count; ++r) {
-                const T* row = rows + (first + r) * row_stride + begin;
-                square[r] = scale * (width < lanes ? load_partial(row, width) : load(row));
+            if (first + lanes <= count && width >= lanes) {
+#pragma GCC unroll 16
+                for (Index r = 0; r < lanes; ++r) square[r] = scale * load(corner + r * row_stride);
+            } else {
+                for (Index r = 0; r < lanes && first + r < count; ++r) {
+                    const Storage* row = corner + r * row_stride;
+                    square[r] = scale * (width < lanes ? load_first(row, width) : load(row));
+                }
             }
             transpose<T>(square);
             const Index height = width < lanes ? width : lanes;
             for (Index i = 0; i < height; ++i) store(panel + (begin + i) * kTileRows<T> + first, square[i]);
         }
+    }
+}
+
+#if defined(__AVX512BF16__)
+// panel[e][r] = rows[r][2 e], rows[r][2 e + 1] for e < terms_of(width), zero beyond the width and for r >= count; the
+// scale is left to the scores, where it is not rounded to bfloat16.
+inline void pack_panel(Pair* panel, const bfloat16* rows, Index row_stride, Index count, Index width, float) {
+    constexpr Index lanes = kLanes<float>, tile_rows = kTileRows<float>;
+    for (Index first = 0; first < tile_rows; first += lanes) {
+        for (Index e = 0; e < width; e += 2 * lanes) {
+            const __mmask32 inside = width - e < 2 * lanes ? (1u << (width - e)) - 1 : ~0u;
+            Vec<float> square[lanes] = {};
+            for (Index r = 0; r < lanes && first + r < count; ++r)
+                square[r] =
+                    reinterpret_cast<Vec<float>>(_mm512_maskz_loadu_epi16(inside, rows + (first + r) * row_stride + e));
+            transpose<float>(square);
+            const Index height = terms_of<Pair>(width - e);
+            for (Index i = 0; i < lanes && i < height; ++i) store(panel + (e / 2 + i) * tile_rows + first, square[i]);
+        }
+    }
+}
+#endif
+
+// Asks for rows that are read, or written, in a while.
+template <bool written, class Storage>
+void prefetch_rows(const Storage* rows, Index row_stride, Index count, Index width) {
+    constexpr Index line = 64 / static_cast<Index>(sizeof(Storage));
+    for (Index r = 0; r < count; ++r) {
+        const Storage* row = rows + r * row_stride;
+        for (Index e = 0; e < width; e += line) __builtin_prefetch(row + e, written, 2);
+        if (width > 0) __builtin_prefetch(row + width - 1, written, 2);
     }
 }
 
@@ -214,19 +219,31 @@ inline void unpack_panel(const T* panel, Index count, Index width, Write write) 
             const Index begin = e + lanes <= width || width < lanes ? e : width - lanes;
             const Index height = width < lanes ? width : lanes;
             Vec<T> square[lanes] = {};
-            for (Index i = 0; i < height; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            if (height == lanes) {
+#pragma GCC unroll 16
+                for (Index i = 0; i < lanes; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            } else {
+                for (Index i = 0; i < height; ++i) square[i] = load(panel + (begin + i) * kTileRows<T> + first);
+            }
             transpose<T>(square);
-            for (Index r = 0; r < lanes && first + r < count; ++r) write(first + r, begin, square[r], height);
+            if (first + lanes <= count && height == lanes) {
+#pragma GCC unroll 16
+                for (Index r = 0; r < lanes; ++r) write(first + r, begin, square[r], lanes);
+            } else {
+                for (Index r = 0; r < lanes && first + r < count; ++r) write(first + r, begin, square[r], height);
+            }
         }
     }
 }
 
-// The part of an operand that belongs to one tangent, batch entry and head.
+// The part of an operand that belongs to one tangent, batch entry and head; or some rows of it as terms.
 template <class T>
 struct Rows {
-    const T* data;
-    Index stride;
+    const T* data = nullptr;
+    Index stride = 0;
 
+    Rows() = default;
+    Rows(const T* first, Index row_stride) : data(first), stride(row_stride) {}
     Rows(const AttentionOperand& operand, Index tangent, Index batch, Index head)
         : data(operand.data == nullptr ? nullptr
                                        : static_cast<const T*>(operand.data) + tangent * operand.count_stride +
@@ -234,65 +251,147 @@ struct Rows {
           stride(operand.row_stride) {}
 
     const T* row(Index index) const { return data + index * stride; }
+    Rows from(Index first) const { return {row(first), stride}; }
 };
 
-// Up to kTileRows rows of a mask in the lanes, `count` entries of each: tile[i][lane], zero beyond `lanes`.
-template <class T>
-void fill_mask(T* tile, const T* mask, Index lane_stride, Index lanes, Index stride, Index count) {
-    for (Index i = 0; i < count; ++i)
-        for (Index lane = 0; lane < kTileRows<T>; ++lane)
-            tile[i * kTileRows<T> + lane] = lane < lanes ? mask[lane * lane_stride + i * stride] : T(0);
+// Terms of memory that `along_rows` and `down_rows` need for `count` rows: none where they are read where they lie.
+template <class Term, class Storage>
+constexpr Index terms_in_memory(Index count, Index width) {
+    if constexpr (std::is_same_v<Term, Storage>) return 0;
+    const Index along = count * terms_of<Term>(width), down = terms_of<Term>(count) * width;
+    return along > down ? along : down;
 }
 
-// What is subtracted from the scores of a row: its log-sum-exp. That of a row without any admissible key is -inf, as
-// are its scores, and its probabilities are zero.
-template <class T>
-inline T shift_of(T lse) {
-    return lse == -static_cast<T>(__builtin_inf()) ? T(0) : lse;
+// Rows as terms of products that sum along the rows: [count][terms_of(width)].
+template <class Term, class Storage>
+Rows<Term> along_rows(Term* memory, const Rows<Storage>& rows, Index count, Index width) {
+    if constexpr (std::is_same_v<Term, Storage>) {
+        return rows;
+    } else {
+        const Index terms = terms_of<Term>(width);
+        for (Index i = 0; i < count; ++i) {
+            Term* to = memory + i * terms;
+            if constexpr (kPaired<Term>) {
+                to[terms - 1] = {};
+                std::memcpy(static_cast<void*>(to), rows.row(i), static_cast<std::size_t>(width) * sizeof(Storage));
+            } else {
+                convert(to, rows.row(i), width);
+            }
+        }
+        return {memory, terms};
+    }
 }
 
-// tile[i] = exp(panel^T rows[first + i] - shift), the shift belonging to the lanes or to the rows; with `masked` the
-// tile holds the mask before.
-template <bool masked, bool shift_of_lanes, class T>
-void fill_probability(T* tile, const T* panel, const T* shift, const Rows<T>& rows, Index first, Index count,
-                      Index width) {
+// Rows as terms of products that sum down the rows: [terms_of(count)][width].
+template <class Term, class Storage>
+Rows<Term> down_rows(Term* memory, const Rows<Storage>& rows, Index count, Index width) {
+    if constexpr (kPaired<Term>) {
+        for (Index i = 0; i < count; i += 2)
+            pair_rows(memory + i / 2 * width, rows.row(i), i + 1 < count ? rows.row(i + 1) : nullptr, width);
+        return {memory, width};
+    } else {
+        return along_rows(memory, rows, count, width);
+    }
+}
+
+// Up to kTileRows rows of a mask in the lanes, `count` entries of each: tile[i][lane], zero beyond `lanes`. The mask is
+// `mask.data` from its entry `first` on.
+template <class T>
+void fill_mask(T* tile, const AttentionMask& mask, Index first, Index lane_stride, Index lanes, Index stride,
+               Index count) {
+    const auto fill = [&](auto read) {
+        for (Index i = 0; i < count; ++i)
+            for (Index lane = 0; lane < kTileRows<T>; ++lane)
+                tile[i * kTileRows<T> + lane] = lane < lanes ? read(first + lane * lane_stride + i * stride) : T(0);
+    };
+    if (mask.dtype == Dtype::bfloat16)
+        fill([&](Index at) { return static_cast<T>(to_float(static_cast<const bfloat16*>(mask.data)[at])); });
+    else
+        fill([&](Index at) { return static_cast<const T*>(mask.data)[at]; });
+}
+
+// Whether scores are natural logarithms, or powers of two. Those of pairs are multiplied by the scale afterwards, since
+// before it would round them; log2(e) can be part of it. Not with a mask: log2(e) times the most negative number is
+// infinite.
+template <class Term, bool masked>
+constexpr bool kNatural = masked || !kPaired<Term>;
+
+// What rows of a panel, scores and log-sum-exps are multiplied by for that.
+template <class Term>
+struct Scaling {
+    using T = Compute<Term>;
+    T panel, score, shift;
+
+    Scaling(double scale, bool masked)
+        : panel(static_cast<T>(kPaired<Term> ? 1.0 : scale)),
+          score(static_cast<T>(!kPaired<Term> ? 1.0
+                               : masked       ? scale
+                                              : scale * kLog2e)),
+          shift(static_cast<T>(masked || !kPaired<Term> ? 1.0 : kLog2e)) {}
+
+    // What is subtracted from the scores of a row: its log-sum-exp. That of a row without any admissible key is -inf,
+    // as are its scores, and its probabilities are zero.
+    T shift_of(T lse) const { return lse == -static_cast<T>(__builtin_inf()) ? T(0) : lse * shift; }
+};
+
+// Calls take(i, h, P) with P[n] = exp(scale panel^T rows[i + n] - shift) for the vector h of the lanes, the shift
+// belonging to the lanes or to the rows; with `masked` the tile holds the mask.
+template <bool masked, bool shift_of_lanes, class Term, class T, class Take>
+void for_probabilities(const T* tile, const Term* panel, const Scaling<Term>& scaling, const T* shift,
+                       const Rows<Term>& rows, Index count, Index terms, Take take) {
     in_steps(count, [&](Index i, auto constant) {
         constexpr int down = decltype(constant)::value;
         constexpr int together = down < 4 ? down : 4;
         Accumulators<T, down> score;
-        score.add_product(panel, rows.row(first + i), rows.stride, 1, width);
+        score.add_product(panel, rows.row(i), rows.stride, 1, terms);
 #pragma GCC unroll 4
         for (int h = 0; h < kAcross; ++h) {
 #pragma GCC unroll 16
             for (int m = 0; m < down; m += together) {
-                T* place = tile + (i + m) * kTileRows<T> + h * kLanes<T>;
                 Vec<T> x[together];
 #pragma GCC unroll 16
                 for (int n = 0; n < together; ++n) {
                     x[n] = score.at[m + n][h];
-                    if constexpr (masked) x[n] += load(place + n * kTileRows<T>);
+                    if constexpr (kPaired<Term>) x[n] *= scaling.score;
+                    if constexpr (masked) x[n] += load(tile + (i + m + n) * kTileRows<T> + h * kLanes<T>);
                     if constexpr (shift_of_lanes)
                         x[n] -= load(shift + h * kLanes<T>);
                     else
                         x[n] -= shift[i + m + n];
                 }
-                exp_or_zero<T>(x);
-#pragma GCC unroll 16
-                for (int n = 0; n < together; ++n) store(place + n * kTileRows<T>, x[n]);
+                power_or_zero<PowerOf<Term>, kNatural<Term, masked>, T>(x);
+                take(i + m, h, x);
             }
         }
     });
 }
 
-// panel[j] += sum over i < count of tile[i] rows[first + i][j], for one tile and its rows or for two.
-template <bool one, bool two, class T>
-void add_products(T* panel, const T* tile, const Rows<T>& rows, const T* second_tile, const Rows<T>& second_rows,
-                  Index first, Index count, Index width) {
+// Stores the same lanes of n successive rows of a tile as terms of a product down the rows; the rows of the last pair
+// may be one.
+template <class T, int n>
+SHARPCORE_INLINE void store_terms(T* tile, const Vec<T> (&rows)[n]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; ++i) store(tile + i * kTileRows<T>, rows[i]);
+}
+
+#if defined(__AVX512BF16__)
+template <int n>
+SHARPCORE_INLINE void store_terms(Pair* tile, const Vec<float> (&rows)[n]) {
+#pragma GCC unroll 16
+    for (int i = 0; i < n; i += 2)
+        store(tile + i / 2 * kTileRows<float>, paired(rows[i], i + 1 < n ? rows[i + 1] : Vec<float>{}));
+}
+#endif
+
+// panel[j] += sum over i < terms of tile[i] rows[i][j], for one tile and its rows or for two.
+template <bool one, bool two, class T, class Term>
+void add_products(T* panel, const Term* tile, const Rows<Term>& rows, const Term* second_tile,
+                  const Rows<Term>& second_rows, Index terms, Index width) {
     in_steps(width, [&](Index j, auto constant) {
         constexpr int down = decltype(constant)::value;
         Accumulators<T, down> sum;
-        if constexpr (one) sum.add_product(tile, rows.row(first) + j, 1, rows.stride, count);
-        if constexpr (two) sum.add_product(second_tile, second_rows.row(first) + j, 1, second_rows.stride, count);
+        if constexpr (one) sum.add_product(tile, rows.data + j, 1, rows.stride, terms);
+        if constexpr (two) sum.add_product(second_tile, second_rows.data + j, 1, second_rows.stride, terms);
 #pragma GCC unroll 16
         for (int m = 0; m < down; ++m) {
 #pragma GCC unroll 4
@@ -304,55 +403,10 @@ void add_products(T* panel, const T* tile, const Rows<T>& rows, const T* second_
     });
 }
 
-// panel[j] += sum over i < count of tile[i] rows[first + i][j]
-template <class T>
-void add_product(T* panel, const T* tile, const Rows<T>& rows, Index first, Index count, Index width) {
-    add_products<true, false>(panel, tile, rows, tile, rows, first, count, width);
-}
-
-// Most tiles of a task that are worked on together: they share what a block of the other operand costs to bring into
-// the cache.
-constexpr Index kTiles = 8;
-
-// Rows of the other operand in a block, a multiple of every kTileRows: a tile of so many rows fits into the first-level
-// cache beside the panels of small heads.
-constexpr Index kBlock = 64;
-
-// Scratch memory of a thread is at most about this, or what one tile and one tangent need: so it depends on the head
-// size and not on how many rows or keys there are.
-constexpr Index kScratchBytes = 512 * 1024;
-
-// Tasks a thread should find, so that threads that start late or run slowly leave work to the others.
-constexpr Index kTasksPerThread = 4;
-
-// How the work is shared out: a task has some tiles of one head, a group, and some of the tangents, a split.
-struct Shares {
-    Index heads, groups, splits;
-    Index tiles;       // of a group
-    Index tangents;    // of a split, at most
-    bool whole_heads;  // a task has all groups of its head
-
-    Index tasks() const { return heads * (whole_heads ? 1 : groups) * splits; }
-};
-
-// `bytes(tiles, tangents)` is the scratch memory of a task. How tangents are split changes no result: each is computed
-// by itself.
-template <class Bytes>
-Shares share_out(Index heads, Index tiles, Index count, int threads, Bytes bytes, bool whole_heads = false,
-                 Index least_splits = 1) {
-    Shares shares{heads, 1, least_splits, 1, 1, whole_heads};
-    const auto update = [&] {
-        shares.groups = (tiles + shares.tiles - 1) / shares.tiles;
-        shares.tangents = (count + shares.splits - 1) / shares.splits;
-    };
-    const auto too_few = [&] { return threads > 1 && shares.tasks() < kTasksPerThread * threads; };
-    for (update(); shares.splits < count && bytes(1, shares.tangents) > kScratchBytes; update()) ++shares.splits;
-    while (shares.tiles < kTiles && shares.tiles < tiles && bytes(shares.tiles + 1, shares.tangents) <= kScratchBytes)
-        ++shares.tiles;
-    for (update(); too_few() && !whole_heads && shares.tiles > 1; update()) --shares.tiles;
-    for (; too_few() && shares.splits < count; update()) ++shares.splits;
-    shares.tiles = (tiles + shares.groups - 1) / shares.groups;
-    return shares;
+// panel[j] += sum over i < terms of tile[i] rows[i][j]
+template <class T, class Term>
+void add_product(T* panel, const Term* tile, const Rows<Term>& rows, Index terms, Index width) {
+    add_products<true, false>(panel, tile, rows, tile, rows, terms, width);
 }
 
 }  // namespace sharpcore::SHARPCORE_ISA

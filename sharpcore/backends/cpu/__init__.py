@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from sharpcore.backends.cpu.attention_tangent import attention_adjoint, attention_tangent
+from sharpcore.backends.cpu.attention_tangent import (
+    attention_adjoint,
+    attention_forward,
+    attention_tangent,
+)
 from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
 from sharpcore.backends.cpu.group_norm_silu_forward import group_norm_silu_forward
 from sharpcore.backends.cpu.group_norm_silu_tangent import group_norm_silu_adjoint, group_norm_silu_tangent
@@ -23,6 +27,7 @@ __all__ = ["DTYPES", "KERNELS", "extension", "why_missing"]
 KERNELS: Mapping[str, Callable[..., Any]] = {
     kernel.__name__: kernel
     for kernel in (
+        attention_forward,
         attention_tangent,
         attention_adjoint,
         group_norm_silu_forward,

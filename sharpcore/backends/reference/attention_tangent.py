@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sharpcore.backends.output import deliver
+
 aten = torch.ops.aten
 
 # Entries of the largest intermediate of a block: it stays in a CPU's last-level cache, and an N x N matrix
@@ -16,36 +18,56 @@ _BLOCK_ENTRIES = 1 << 19
 
 
 def attention_forward(
-    q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None,
+    scale: float,
+    out: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, and the log-sum-exp of each row.
 
     q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S]
-    and is added to the scores. Returns out [..., L, Ev] and lse [..., L]; a row whose scores are all -inf
-    gives zeros and lse = -inf.
+    and is added to the scores. Returns o [..., L, Ev] and lse [..., L]; a row whose scores are all -inf
+    gives zeros and lse = -inf. 16-bit inputs are computed in float32, and their lse is float32. `out` takes
+    the two results, any strides; no memory of the arguments. Raises InvalidInput where one of `out` has
+    another shape or dtype.
     """
+    dtype = q.dtype
+    o, lse = _forward(_wide(q), _wide(k), _wide(v), None if mask is None else _wide(mask), scale)
+    o = o.to(dtype)
+    return (o, lse) if out is None else (deliver(o, out[0]), deliver(lse, out[1]))
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     if q.device.type == "cpu" and q.dim() == 4 and _flash_fits(q, k, v, mask):
-        out, lse = aten._scaled_dot_product_flash_attention_for_cpu(
+        o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask, scale=scale
         )
         if mask is None or not bool(torch.isneginf(mask).any()):
-            return out, lse
+            return o, lse
         lse = _row_logsumexp(q, k, mask, scale)
-        return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
+        return o.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
     lse = _row_logsumexp(q, k, mask, scale)
     if q.device.type == "cpu":
         # A row without any admissible key is NaN in PyTorch's mathematical attention and zero in its fused
         # one.
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return out.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
+        o = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return o.masked_fill(torch.isneginf(lse).unsqueeze(-1), 0), lse
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale), lse
+
+
+def _wide(x: Tensor) -> Tensor:
+    """In float32 if it has 16 bits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
     """Whether PyTorch's fused CPU attention, which returns the row statistics as well, takes these
     operands."""
     return (
-        q.dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+        q.dtype in (torch.float32, torch.float64)
         and q.dtype == k.dtype == v.dtype
         and q.shape[-1] == v.shape[-1]
         and 0 not in q.shape
@@ -93,7 +115,7 @@ def _probabilities(scores: Tensor, lse: Tensor) -> Tensor:
 
 def _flat(x: Tensor, leading: int) -> Tensor:
     """Merge the axes between the `leading` first ones and the last two into one."""
-    return x.reshape(*x.shape[:leading], -1, *x.shape[-2:])
+    return x.reshape(*x.shape[:leading], x.shape[leading:-2].numel(), *x.shape[-2:])
 
 
 def _flat_mask(mask: Tensor | None, batch: torch.Size, length: int, keys: int) -> Tensor | None:
@@ -101,14 +123,14 @@ def _flat_mask(mask: Tensor | None, batch: torch.Size, length: int, keys: int) -
         return None
     if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
         return mask.reshape(1, *((1,) * (2 - mask.dim())), *mask.shape[-2:])
-    return mask.expand(*batch, *mask.shape[-2:]).reshape(-1, *mask.shape[-2:])
+    return mask.expand(*batch, *mask.shape[-2:]).reshape(batch.numel(), *mask.shape[-2:])
 
 
 def attention_tangent(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    o: Tensor,
     lse: Tensor,
     dq: Tensor | None,
     dk: Tensor | None,
@@ -116,29 +138,32 @@ def attention_tangent(
     *,
     mask: Tensor | None,
     scale: float,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The tangents of attention's output for K tangents of its operands.
 
-    q, k, v, mask, scale as in `attention_forward`, out and lse as it returned them; dq [K, ..., L, E], dk [K,
-    ..., S, E], dv [K, ..., S, Ev], None where an operand carries no tangent. Returns [K, ..., L, Ev].
+    q, k, v, mask, scale as in `attention_forward`, o and lse as it returned them; dq [K, ..., L, E], dk [K,
+    ..., S, E], dv [K, ..., S, Ev], None where an operand carries no tangent. Returns [K, ..., L, Ev]; 16-bit
+    inputs are computed in float32. `out` takes the result, any strides; no memory of the arguments. Raises
+    InvalidInput where `out` has another shape or dtype.
 
     With G = P * S' the softmax tangent applied to V is G V - rowsum(G) O: the row sums come from the same
     product, by a column of ones beside V.
     """
     given = next(t for t in (dq, dk, dv) if t is not None)
     count, batch, length, keys = given.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
-    width = v.shape[-1]
-    q, k, v = (_flat(t, 0) for t in (q, k, v))
+    width, dtype = v.shape[-1], q.dtype
+    q, k, v, o = (_flat(_wide(t), 0) for t in (q, k, v, o))
     g = q.shape[0]
-    lse, out = lse.reshape(g, length), _flat(out, 0)
-    mask = _flat_mask(mask, batch, length, keys)
+    lse = _wide(lse).reshape(g, length)
+    mask = None if mask is None else _flat_mask(_wide(mask), batch, length, keys)
     # Tangents as [g, K, rows, width]: the primal tile of a (batch, head) is shared by its K tangents.
-    dq, dk, dv = (None if t is None else _flat(t, 1).transpose(0, 1) for t in (dq, dk, dv))
+    dq, dk, dv = (None if t is None else _flat(_wide(t), 1).transpose(0, 1) for t in (dq, dk, dv))
     result = q.new_empty(g, count, length, width)
     for heads in _head_blocks(g, length, keys * (count + 1)):
-        operands: Any = [_part(t, heads) for t in (q, k, v, out, lse, dq, dk, dv, mask)]
+        operands: Any = [_part(t, heads) for t in (q, k, v, o, lse, dq, dk, dv, mask)]
         _tangent_of_heads(result[heads], *operands, scale=scale)
-    return result.transpose(0, 1).reshape(count, *batch, length, width)
+    return deliver(result.transpose(0, 1).reshape(count, *batch, length, width).to(dtype), out)
 
 
 def _tangent_of_heads(
@@ -146,7 +171,7 @@ def _tangent_of_heads(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    o: Tensor,
     lse: Tensor,
     dq: Tensor | None,
     dk: Tensor | None,
@@ -168,7 +193,7 @@ def _tangent_of_heads(
     elif dq is not None:
         left_all, right = dq * scale, k.mT
     elif dk is not None:
-        left_all, right = None, dk.reshape(g, count * keys, -1).mT
+        left_all, right = None, dk.reshape(g, count * keys, dk.shape[-1]).mT
     v_ones = torch.cat([v, v.new_ones(g, keys, 1)], -1)
     dv_columns = None if dv is None else dv.permute(0, 2, 1, 3).reshape(g, keys, count * width)
     for rows in _row_blocks(length, g * keys * (count + 1)):
@@ -181,13 +206,15 @@ def _tangent_of_heads(
                 weighted = ds * p.unsqueeze(1)
             else:
                 left = left_all[:, :, rows]
-                folded = left.reshape(right.shape[0], -1, left.shape[-1])
+                folded = left.reshape(
+                    right.shape[0], size if dk is not None else count * size, left.shape[-1]
+                )
                 ds = torch.bmm(folded, right).view(g, count, size, keys)
                 weighted = ds.mul_(p.unsqueeze(1))
             product = torch.bmm(weighted.reshape(g, count * size, keys), v_ones).view(
                 g, count, size, width + 1
             )
-            block = product[..., :width] - product[..., width:] * out[:, None, rows]
+            block = product[..., :width] - product[..., width:] * o[:, None, rows]
         if dv_columns is not None:
             moved = torch.bmm(p, dv_columns).view(g, size, count, width).transpose(1, 2)
             block = moved if block is None else block.add_(moved)
@@ -198,27 +225,30 @@ def attention_adjoint(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
+    o: Tensor,
     lse: Tensor,
     cotangent: Tensor,
     *,
     mask: Tensor | None,
     scale: float,
     needed: tuple[bool, bool, bool],
+    out: tuple[Tensor | None, Tensor | None, Tensor | None] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The transpose of `attention_tangent`: K cotangents of the output pulled back to q, k and v.
 
     cotangent [K, ..., L, Ev]; `needed` says for which of q, k, v a result is wanted. Returns [K, ..., L, E],
-    [K, ..., S, E], [K, ..., S, Ev], None where not needed.
+    [K, ..., S, E], [K, ..., S, Ev], None where not needed; 16-bit inputs are computed in float32. `out` takes
+    the results that are needed, any strides; no memory of the arguments. Raises InvalidInput where one of
+    `out` has another shape or dtype.
     """
     count, batch, length, keys = cotangent.shape[0], q.shape[:-2], q.shape[-2], k.shape[-2]
-    shapes = (q.shape, k.shape, v.shape)
-    q, k, v = (_flat(t, 0) for t in (q, k, v))
+    shapes, dtype, targets = (q.shape, k.shape, v.shape), q.dtype, attention_targets(needed, out)
+    q, k, v, o = (_flat(_wide(t), 0) for t in (q, k, v, o))
     g, width = q.shape[0], v.shape[-1]
-    lse, out = lse.reshape(g, length), _flat(out, 0)
-    mask = _flat_mask(mask, batch, length, keys)
-    cot = _flat(cotangent, 1).transpose(0, 1)
-    along = (cot * out.unsqueeze(1)).sum(-1, keepdim=True)
+    lse = _wide(lse).reshape(g, length)
+    mask = None if mask is None else _flat_mask(_wide(mask), batch, length, keys)
+    cot = _flat(_wide(cotangent), 1).transpose(0, 1)
+    along = (cot * o.unsqueeze(1)).sum(-1, keepdim=True)
     need_q, need_k, need_v = needed
     grad_q = q.new_empty(g, count, length, q.shape[-1]) if need_q else None
     grad_k = q.new_zeros(g, count, keys, q.shape[-1]) if need_k else None
@@ -228,9 +258,18 @@ def attention_adjoint(
         grads: Any = [_part(t, heads) for t in (grad_q, grad_k, grad_v)]
         _adjoint_of_heads(*grads, *operands, scale=scale)
     return tuple(  # type: ignore[return-value]
-        None if grad is None else grad.transpose(0, 1).reshape(count, *shape)
-        for grad, shape in zip((grad_q, grad_k, grad_v), shapes, strict=True)
+        None if grad is None else deliver(grad.transpose(0, 1).reshape(count, *shape).to(dtype), target)
+        for grad, shape, target in zip((grad_q, grad_k, grad_v), shapes, targets, strict=True)
     )
+
+
+def attention_targets(
+    needed: tuple[bool, bool, bool], out: tuple[Tensor | None, Tensor | None, Tensor | None] | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Where the results of `attention_adjoint` are wanted: `out` without what is not needed."""
+    given = (None, None, None) if out is None else out
+    dq, dk, dv = (target if wanted else None for target, wanted in zip(given, needed, strict=True))
+    return dq, dk, dv
 
 
 def _adjoint_of_heads(
@@ -262,6 +301,6 @@ def _adjoint_of_heads(
             ds = (block @ v.mT).view(g, count, size, keys)
             ds = ds.sub_(along[:, :, rows]).mul_(p.unsqueeze(1)).mul_(scale)
             if grad_q is not None:
-                grad_q[:, :, rows] = (ds.view(g, count * size, keys) @ k).view(g, count, size, -1)
+                grad_q[:, :, rows] = (ds.view(g, count * size, keys) @ k).view(g, count, size, k.shape[-1])
             if grad_k is not None:
                 grad_k += ds.mT @ q[:, None, rows]
