@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import sys
 import weakref
@@ -339,8 +340,7 @@ class Tracer:
         if active and op not in ZERO_DERIVATIVE and any(differentiable):
             fused = self.fusion.rewrite(node, call)
             if fused is not None:
-                node, call = fused
-                self._evaluate_fused(node, call)
+                node, call = fused[0], self._evaluate_fused(*fused)
             filled = Call(node.op, call.args, call.kwargs, call.out, node.active)
             with autograd_enabled():
                 instruction = build_map(node, filled, self.rules, self.where())
@@ -393,11 +393,14 @@ class Tracer:
                 self.maps[older] = Dropped(map_, storages)
             self._dropped = older + 1
 
-    def _evaluate_fused(self, node: Node, call: Call) -> None:
-        """Give the result the bits that a replay of the fused operation gives it."""
-        made = node.run(self.kernels, call.args)
-        result = call.out if isinstance(call.out, Tensor) else call.out[0]
-        result.copy_(made if isinstance(made, Tensor) else made[0])
+    def _evaluate_fused(self, node: Node, call: Call) -> Call:
+        """The call with the bits that a replay gives it, where a kernel runs the fused operation."""
+        if not node.has_kernel(call.args):
+            return call
+        result, *others = node.run(self.kernels, call.args)
+        first = call.out if isinstance(call.out, Tensor) else call.out[0]
+        first.copy_(result)  # what f goes on with
+        return dataclasses.replace(call, out=(first, *others))
 
     # -- in-place operations -----------------------------------------------------------------------
 

@@ -45,6 +45,10 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, False, attn_mask=mask, scale=scale
         )
+        # With few keys the fused kernel takes a NaN among the queries for a masked row.
+        if bool(torch.isnan(q).any()):
+            lse = _row_logsumexp(q, k, mask, scale)
+            return o.masked_fill(torch.isnan(lse).unsqueeze(-1), float("nan")), lse
         if mask is None or not bool(torch.isneginf(mask).any()):
             return o, lse
         lse = _row_logsumexp(q, k, mask, scale)
