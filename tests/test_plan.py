@@ -77,7 +77,7 @@ def test_a_repeated_product_allocates_its_result_alone(k: int, precision: str) -
     allocated = sum(
         event.self_cpu_memory_usage for event in profiled.events() if event.self_cpu_memory_usage > 0
     )
-    # The result, the vectors in the dtype of the products, and twice what torch.isfinite takes; a single tangent
+    # The result, the vectors in the dtype of the products, and twice what torch.isfinite takes; a tangent
     # of the network's first layer would be more.
     assert allocated <= 6 * given.nbytes < k * 2 * 32 * 16 * 16 * 4
 
