@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from sharpcore.backends import cpu, get_backend
 from sharpcore.errors import InvalidInput
+from sharpcore.testing.tolerance import relative_error
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16]
 # Rows, keys, head size, tangents: every stress size of each at least once.
@@ -125,6 +126,21 @@ def test_bfloat16_statistics_are_widened() -> None:
     case.tensors["lse"] = case.tensors["lse"].bfloat16()
     assert bool(case.tangent("cpu").isfinite().all())
     assert case.tangent("cpu").dtype == torch.bfloat16
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_heads_without_entries_average_the_values(dtype: torch.dtype) -> None:
+    case = Case(9, 20, 8, heads=9, dtype=dtype)
+    for name in ("q", "k", "dq", "dk"):
+        case.tensors[name] = case.tensors[name][..., :0]
+    o, lse = case.forward("cpu")
+    v, dv = case.tensors["v"].double(), case.tensors["dv"].double()
+    case.tensors.update(out=o, lse=lse)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 4e-3}[dtype]
+    assert relative_error(o, v.mean(-2, keepdim=True).expand_as(o)) < tolerance
+    moved = case.tangent("cpu")
+    assert relative_error(moved, dv.mean(-2, keepdim=True).expand_as(moved)) < tolerance
 
 
 @needs_extension

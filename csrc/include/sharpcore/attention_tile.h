@@ -136,8 +136,9 @@ inline void store_first(T* to, Vec<T> vector, Index count) {
 
 inline Vec<float> load_first(const bfloat16* from, Index count) {
 #if defined(__AVX512F__)
-    const __m256i half = _mm256_maskz_loadu_epi16((1u << count) - 1, from);
-    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+    bfloat16 lanes[kLanes<float>];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), _mm256_maskz_loadu_epi16((1u << count) - 1, from));
+    return load(lanes);
 #else
     return load_partial(from, count);
 #endif
@@ -272,7 +273,7 @@ Rows<Term> along_rows(Term* memory, const Rows<Storage>& rows, Index count, Inde
         for (Index i = 0; i < count; ++i) {
             Term* to = memory + i * terms;
             if constexpr (kPaired<Term>) {
-                to[terms - 1] = {};
+                if (width % 2 != 0) to[terms - 1] = {};
                 std::memcpy(static_cast<void*>(to), rows.row(i), static_cast<std::size_t>(width) * sizeof(Storage));
             } else {
                 convert(to, rows.row(i), width);
