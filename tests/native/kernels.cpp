@@ -14,15 +14,21 @@
 
 #include "check.h"
 #include "sharpcore/attention_adjoint.h"
+#include "sharpcore/attention_forward.h"
 #include "sharpcore/attention_tangent.h"
+#include "sharpcore/dtype.h"
 #include "sharpcore/geglu_tangent.h"
+#include "sharpcore/group_norm_silu_forward.h"
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
+#include "sharpcore/residual_add.h"
+#include "sharpcore/upsample_nearest_tangent.h"
 
 namespace {
 
 using sharpcore::AttentionOperand;
+using sharpcore::Dtype;
 using Index = std::int64_t;
 
 constexpr Index kCounts[] = {1, 3};
@@ -36,12 +42,41 @@ struct Case {
 template <class T>
 using Tensor = std::shared_ptr<std::vector<T>>;
 
+// A number as it lies in memory, and what the statistics beside it are.
+struct Half {
+    std::uint16_t bits;
+};
+
+template <class T>
+struct Number {
+    using Statistic = T;
+    static constexpr Dtype dtype = sizeof(T) == sizeof(double) ? Dtype::float64 : Dtype::float32;
+    static T from(double value) { return static_cast<T>(value); }
+    static bool is_finite(T value) { return std::isfinite(value); }
+};
+
+template <>
+struct Number<Half> {
+    using Statistic = float;
+    static constexpr Dtype dtype = Dtype::bfloat16;
+    static Half from(double value) {
+        const auto single = static_cast<float>(value);
+        std::uint32_t bits;
+        std::memcpy(&bits, &single, sizeof(bits));
+        return {static_cast<std::uint16_t>(bits >> 16)};
+    }
+    static bool is_finite(Half value) { return (value.bits & 0x7f80u) != 0x7f80u; }
+};
+
+template <class T>
+using Statistic = typename Number<T>::Statistic;
+
 template <class T>
 Tensor<T> normal(Index size) {
     static std::mt19937 generator(0);
-    std::normal_distribution<T> distribution;
+    std::normal_distribution<double> distribution;
     auto tensor = std::make_shared<std::vector<T>>(size);
-    for (T& entry : *tensor) entry = distribution(generator);
+    for (T& entry : *tensor) entry = Number<T>::from(distribution(generator));
     return tensor;
 }
 
@@ -49,10 +84,10 @@ Tensor<T> normal(Index size) {
 template <class T>
 class Output {
 public:
-    explicit Output(Index size) : entries_(size, std::nan("")) {}
+    explicit Output(Index size) : entries_(size, Number<T>::from(std::nan(""))) {}
     T* data() { return entries_.data(); }
     void append_to(std::vector<char>& bytes) const {
-        for (T entry : entries_) CHECK(std::isfinite(entry));
+        for (T entry : entries_) CHECK(Number<T>::is_finite(entry));
         const char* begin = reinterpret_cast<const char*>(entries_.data());
         bytes.insert(bytes.end(), begin, begin + entries_.size() * sizeof(T));
     }
@@ -62,18 +97,15 @@ private:
 };
 
 template <class T>
-void set_type(bool& float64) {
-    float64 = sizeof(T) == sizeof(double);
-}
-
-template <class T>
 void add_group_norm(std::vector<Case>& cases, Index channels, Index groups, Index positions, bool channels_last,
                     bool silu) {
     for (Index count : kCounts) {
         const Index batch = 2, size = channels * positions;
         const auto x = normal<T>(batch * size), vectors = normal<T>(count * batch * size);
-        const auto mean = normal<T>(batch * groups), rstd = normal<T>(batch * groups);
-        const auto weight = normal<T>(channels), bias = normal<T>(channels);
+        using S = Statistic<T>;
+        const auto mean = normal<S>(batch * groups), rstd = normal<S>(batch * groups);
+        // Parameters of each sample, the weight alone; the bias is shared.
+        const auto weight = normal<S>(batch * channels), bias = normal<S>(channels);
         for (bool adjoint : {false, true})
             cases.push_back({"group_norm_silu", [=](int threads) {
                                  Output<T> out(count * batch * size);
@@ -85,7 +117,7 @@ void add_group_norm(std::vector<Case>& cases, Index channels, Index groups, Inde
                                  a.rstd = rstd->data();
                                  a.weight = silu ? weight->data() : nullptr;
                                  a.bias = silu ? bias->data() : nullptr;
-                                 set_type<T>(a.float64);
+                                 a.dtype = Number<T>::dtype;
                                  a.count = count;
                                  a.batch = batch;
                                  a.channels = channels;
@@ -93,6 +125,7 @@ void add_group_norm(std::vector<Case>& cases, Index channels, Index groups, Inde
                                  a.groups = groups;
                                  a.out_count_stride = a.vector_count_stride = batch * size;
                                  a.out_batch_stride = a.vector_batch_stride = a.x_batch_stride = size;
+                                 a.weight_batch_stride = channels;
                                  a.channels_last = channels_last;
                                  a.silu = silu;
                                  a.threads = threads;
@@ -108,11 +141,48 @@ void add_group_norm(std::vector<Case>& cases, Index channels, Index groups, Inde
 }
 
 template <class T>
+void add_group_norm_forward(std::vector<Case>& cases, Index channels, Index groups, Index positions,
+                            bool channels_last) {
+    using S = Statistic<T>;
+    const Index batch = 2, size = channels * positions;
+    const auto x = normal<T>(batch * size);
+    const auto weight = normal<S>(channels), bias = normal<S>(channels);
+    cases.push_back({"group_norm_silu_forward", [=](int threads) {
+                         Output<T> out(batch * size);
+                         Output<S> mean(batch * groups), rstd(batch * groups);
+                         sharpcore::GroupNormSiluForwardArguments a{};
+                         a.out = out.data();
+                         a.mean = mean.data();
+                         a.rstd = rstd.data();
+                         a.x = x->data();
+                         a.weight = weight->data();
+                         a.bias = bias->data();
+                         a.dtype = Number<T>::dtype;
+                         a.eps = 1e-5;
+                         a.batch = batch;
+                         a.channels = channels;
+                         a.positions = positions;
+                         a.groups = groups;
+                         a.out_batch_stride = a.x_batch_stride = size;
+                         a.channels_last = channels_last;
+                         a.silu = true;
+                         a.threads = threads;
+                         SHARPCORE_CALL_KERNEL(group_norm_silu_forward, a);
+                         std::vector<char> bytes;
+                         out.append_to(bytes);
+                         mean.append_to(bytes);
+                         rstd.append_to(bytes);
+                         return bytes;
+                     }});
+}
+
+template <class T>
 void add_layer_norm(std::vector<Case>& cases, Index rows, Index size, bool columns, bool weighted) {
     for (Index count : kCounts) {
         const Index batch = columns ? 2 : 1, all = batch * rows * size;
-        const auto x = normal<T>(all), vectors = normal<T>(count * all), weight = normal<T>(size);
-        const auto mean = normal<T>(batch * rows), rstd = normal<T>(batch * rows);
+        using S = Statistic<T>;
+        const auto x = normal<T>(all), vectors = normal<T>(count * all);
+        const auto weight = normal<S>(size), mean = normal<S>(batch * rows), rstd = normal<S>(batch * rows);
         for (bool adjoint : {false, true})
             cases.push_back({"layer_norm", [=](int threads) {
                                  Output<T> out(count * all);
@@ -123,13 +193,13 @@ void add_layer_norm(std::vector<Case>& cases, Index rows, Index size, bool colum
                                  a.mean = mean->data();
                                  a.rstd = rstd->data();
                                  a.weight = weighted ? weight->data() : nullptr;
-                                 set_type<T>(a.float64);
+                                 a.dtype = Number<T>::dtype;
                                  a.columns = columns;
                                  a.count = count;
                                  a.batch = batch;
                                  a.rows = rows;
                                  a.size = size;
-                                 a.vector_count_stride = all;
+                                 a.out_count_stride = a.vector_count_stride = all;
                                  a.vector_batch_stride = rows * size;
                                  a.threads = threads;
                                  if (adjoint)
@@ -145,8 +215,25 @@ void add_layer_norm(std::vector<Case>& cases, Index rows, Index size, bool colum
 
 template <class T>
 void add_geglu(std::vector<Case>& cases, Index rows, Index columns, bool tanh) {
+    const auto projection = normal<T>(rows * 2 * columns);
+    cases.push_back({"geglu_forward", [=](int threads) {
+                         Output<T> value(rows * columns), factors(rows * 2 * columns);
+                         sharpcore::GegluForwardArguments a{};
+                         a.value = value.data();
+                         a.factors = factors.data();
+                         a.projection = projection->data();
+                         a.dtype = Number<T>::dtype;
+                         a.tanh = tanh;
+                         a.rows = rows;
+                         a.columns = columns;
+                         a.threads = threads;
+                         SHARPCORE_CALL_KERNEL(geglu_forward, a);
+                         std::vector<char> bytes;
+                         value.append_to(bytes);
+                         factors.append_to(bytes);
+                         return bytes;
+                     }});
     for (Index count : kCounts) {
-        const auto projection = normal<T>(rows * 2 * columns);
         for (bool adjoint : {false, true}) {
             const Index in = rows * columns * (adjoint ? 1 : 2), outs = rows * columns * (adjoint ? 2 : 1);
             const auto vectors = normal<T>(count * in);
@@ -155,9 +242,8 @@ void add_geglu(std::vector<Case>& cases, Index rows, Index columns, bool tanh) {
                                  sharpcore::GegluArguments a{};
                                  a.out = out.data();
                                  a.vectors = vectors->data();
-                                 a.projection = projection->data();
-                                 set_type<T>(a.float64);
-                                 a.tanh = tanh;
+                                 a.factors = projection->data();
+                                 a.dtype = Number<T>::dtype;
                                  a.count = count;
                                  a.rows = rows;
                                  a.columns = columns;
@@ -168,6 +254,72 @@ void add_geglu(std::vector<Case>& cases, Index rows, Index columns, bool tanh) {
                                      SHARPCORE_CALL_KERNEL(geglu_adjoint, a);
                                  else
                                      SHARPCORE_CALL_KERNEL(geglu_tangent, a);
+                                 std::vector<char> bytes;
+                                 out.append_to(bytes);
+                                 return bytes;
+                             }});
+        }
+    }
+}
+
+template <class T>
+void add_residual_add(std::vector<Case>& cases, Index rows, Index columns) {
+    for (Index count : kCounts) {
+        const Index batch = 2, size = rows * columns;
+        const auto first = normal<T>(count * batch * size), second = normal<T>(count * batch * size);
+        cases.push_back({"residual_add", [=](int threads) {
+                             Output<T> out(count * batch * size);
+                             sharpcore::ResidualAddArguments a{};
+                             a.out = out.data();
+                             a.out_count_stride = batch * size;
+                             a.out_batch_stride = size;
+                             a.first = {first->data(), false, batch * size, size};
+                             a.second = {second->data(), true, batch * size, size};
+                             a.scale = 0.5;
+                             a.dtype = Number<T>::dtype;
+                             a.count = count;
+                             a.batch = batch;
+                             a.rows = rows;
+                             a.columns = columns;
+                             a.threads = threads;
+                             SHARPCORE_CALL_KERNEL(residual_add, a);
+                             std::vector<char> bytes;
+                             out.append_to(bytes);
+                             return bytes;
+                         }});
+    }
+}
+
+template <class T>
+void add_upsample(std::vector<Case>& cases, Index channels, Index height, Index width, bool channels_last) {
+    for (Index count : kCounts) {
+        const Index batch = 2, small = channels * height * width, large = 6 * small;
+        for (bool adjoint : {false, true}) {
+            const Index in = adjoint ? large : small, outs = adjoint ? small : large;
+            const auto vectors = normal<T>(count * batch * in);
+            cases.push_back({"upsample_nearest", [=](int threads) {
+                                 Output<T> out(count * batch * outs);
+                                 sharpcore::UpsampleNearestArguments a{};
+                                 a.out = out.data();
+                                 a.vectors = vectors->data();
+                                 a.dtype = Number<T>::dtype;
+                                 a.channels_last = channels_last;
+                                 a.count = count;
+                                 a.batch = batch;
+                                 a.channels = channels;
+                                 a.height = height;
+                                 a.width = width;
+                                 a.down = 2;
+                                 a.across = 3;
+                                 a.out_count_stride = batch * outs;
+                                 a.out_batch_stride = outs;
+                                 a.vector_count_stride = batch * in;
+                                 a.vector_batch_stride = in;
+                                 a.threads = threads;
+                                 if (adjoint)
+                                     SHARPCORE_CALL_KERNEL(upsample_nearest_adjoint, a);
+                                 else
+                                     SHARPCORE_CALL_KERNEL(upsample_nearest_tangent, a);
                                  std::vector<char> bytes;
                                  out.append_to(bytes);
                                  return bytes;
@@ -189,7 +341,7 @@ public:
           k_(normal<T>(size_of(sizes.keys, sizes.width))),
           v_(normal<T>(size_of(sizes.keys, sizes.value_width))),
           out_(normal<T>(size_of(sizes.rows, sizes.value_width))),
-          lse_(normal<T>(kBatch * sizes.heads * sizes.rows)),
+          lse_(normal<Statistic<T>>(kBatch * sizes.heads * sizes.rows)),
           mask_(masked ? normal<T>(sizes.rows * sizes.keys) : nullptr) {}
 
     static constexpr Index kBatch = 2;
@@ -211,11 +363,12 @@ public:
         p.lse_batch_stride = sizes_.heads * sizes_.rows;
         p.lse_head_stride = sizes_.rows;
         p.lse_row_stride = 1;
-        p.mask = mask_ == nullptr ? nullptr : mask_->data();
-        p.mask_row_stride = sizes_.keys;
-        p.mask_key_stride = 1;
+        p.mask.data = mask_ == nullptr ? nullptr : mask_->data();
+        p.mask.row_stride = sizes_.keys;
+        p.mask.key_stride = 1;
+        p.mask.dtype = Number<T>::dtype;
         p.scale = 0.2;
-        set_type<T>(p.float64);
+        p.dtype = Number<T>::dtype;
         p.batch = kBatch;
         p.heads = sizes_.heads;
         p.rows = sizes_.rows;
@@ -227,13 +380,30 @@ public:
 
 private:
     AttentionSizes sizes_;
-    Tensor<T> q_, k_, v_, out_, lse_, mask_;
+    Tensor<T> q_, k_, v_, out_;
+    Tensor<Statistic<T>> lse_;
+    Tensor<T> mask_;
 };
 
 // `parts`: whether q, k and v have tangents, or are wanted.
 template <class T>
 void add_attention(std::vector<Case>& cases, AttentionSizes s, bool masked, std::vector<bool> parts) {
     const Attention<T> attention(s, masked);
+    const Index all_rows = attention.size_of(s.rows, 1);
+    cases.push_back({"attention_forward", [=](int threads) {
+                         Output<T> out(all_rows * s.value_width);
+                         Output<Statistic<T>> lse(all_rows);
+                         sharpcore::AttentionForwardArguments a{};
+                         a.primal = attention.primal();
+                         a.primal.out = attention.operand(out.data(), s.rows, s.value_width);
+                         a.primal.lse = lse.data();
+                         a.threads = threads;
+                         SHARPCORE_CALL_KERNEL(attention_forward, a);
+                         std::vector<char> bytes;
+                         out.append_to(bytes);
+                         lse.append_to(bytes);
+                         return bytes;
+                     }});
     for (Index count : kCounts) {
         const Index rows = count * attention.size_of(s.rows, 1), keys = count * attention.size_of(s.keys, 1);
         const auto dq = normal<T>(rows * s.width), dk = normal<T>(keys * s.width), dv = normal<T>(keys * s.value_width),
@@ -279,11 +449,18 @@ void add_cases(std::vector<Case>& cases) {
         add_group_norm<T>(cases, 33, 11, 7, channels_last, true);
         add_group_norm<T>(cases, 64, 2, 77, channels_last, false);
         add_group_norm<T>(cases, 160, 32, 33, channels_last, true);
+        add_group_norm_forward<T>(cases, 33, 11, 7, channels_last);
+        add_group_norm_forward<T>(cases, 160, 32, 33, channels_last);
+        add_upsample<T>(cases, 7, 5, 3, channels_last);
+        add_upsample<T>(cases, 33, 1, 17, channels_last);
         add_layer_norm<T>(cases, 7, 1, channels_last, true);
         add_layer_norm<T>(cases, 33, 59, channels_last, true);
         add_layer_norm<T>(cases, 77, 111, channels_last, false);
     }
     add_layer_norm<T>(cases, 1, 1025, false, true);
+    add_residual_add<T>(cases, 1, 7);
+    add_residual_add<T>(cases, 33, 77);
+    add_residual_add<T>(cases, 144, 40);
     for (bool tanh : {false, true}) {
         add_geglu<T>(cases, 1, 1, tanh);
         add_geglu<T>(cases, 33, 77, tanh);
@@ -310,6 +487,7 @@ int main() {
     std::vector<Case> cases;
     add_cases<float>(cases);
     add_cases<double>(cases);
+    add_cases<Half>(cases);
     std::vector<std::vector<char>> expected;
     for (const Case& one : cases) expected.push_back(one.run(1));
 
