@@ -73,7 +73,8 @@ def check_half(case: Case, floor: float = FLOOR) -> None:
     assert float((lse - exact.tensors["lse"]).abs().max()) < 1e-5 * (
         1 + float(exact.tensors["lse"].abs().max())
     )
-    # Measured over all cases here: at most 0.9 of plain PyTorch's error.
+    # Measured over SIZES: tangents 0.34 to 0.93 of plain PyTorch's error; transposes at most 0.99 of it where
+    # they exceed FLOOR.
     judge(case.tangent("cpu"), plain_tangent(case), exact.tangent("reference"), floor)
     cotangent = case.cotangent()
     truths = exact.adjoint("reference", cotangent.double())
