@@ -242,7 +242,7 @@ class Linearization:
         self._check_ready()
         return self._product(cotangents, transposed=True)
 
-    def _product(self, vectors: Tensor, *, transposed: bool) -> Tensor:
+    def _product(self, vectors: Tensor, *, transposed: bool, synchronize: bool = False) -> Tensor:
         like = self.x if transposed else self.value
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(vectors):
             result = torch.empty((vectors.shape[0], *like.shape), dtype=like.dtype, device=like.device)
@@ -250,7 +250,13 @@ class Linearization:
                 return result.zero_()
             vectors = vectors.detach().to(self._lowering.dtype or vectors.dtype)
             self._workspace.product(
-                self.program, self._residuals, self.backend, vectors, result, transposed=transposed
+                self.program,
+                self._residuals,
+                self.backend,
+                vectors,
+                result,
+                transposed=transposed,
+                synchronize=synchronize,
             )
             if not bool(torch.isfinite(result).all()):
                 raise NonFiniteError(
@@ -302,8 +308,9 @@ class Linearization:
             if not _is_count(k) or k < 1:
                 raise InvalidInput(f"k: expected a positive integer; got {k!r}")
             tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
+            self._check_ready()
             for _ in range(3):  # the first makes the plan, the second finds caches cold
-                self.jvp(tangents)
+                self._product(tangents, transposed=False, synchronize=True)
         return self.program.explain(k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:

@@ -238,9 +238,11 @@ class Program:
         vectors: Tensor,
         *,
         transposed: bool,
+        synchronize: bool = False,
     ) -> Tensor:
         """The product that the plan was made from, for other vectors and at another point; the result lies in
-        the plan's workspace."""
+        the plan's workspace. The times of instructions on a GPU need that each is waited for."""
+        wait = torch.cuda.synchronize if synchronize and vectors.is_cuda else None
         seconds: dict[int, float] = {}
         plan.prepare()
         plan.start.copy_(vectors)
@@ -262,10 +264,13 @@ class Program:
                 with recording() as made:
                     _execute(step, instruction, kernels, transposed)
                 step.remember(instruction, made)
+            if wait is not None:
+                wait()
             now = time.perf_counter()
             seconds[step.node] = now - start
             start = now
-        self.timing = Timing(vectors.shape[0], transposed, seconds)
+        if synchronize or not vectors.is_cuda:
+            self.timing = Timing(vectors.shape[0], transposed, seconds)
         return plan.result
 
 

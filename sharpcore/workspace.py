@@ -3,6 +3,7 @@ vectors."""
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -56,6 +57,7 @@ class Workspace:
         result: Tensor,
         *,
         transposed: bool,
+        synchronize: bool = False,
     ) -> None:
         """The (transposed) Jacobian times K vectors, written to `result`."""
         if not self._lock.acquire(blocking=False):
@@ -64,7 +66,10 @@ class Workspace:
         try:
             plan = self.plan(program, maps, kernels, vectors, result, transposed=transposed)
             if plan is not None:
-                result.copy_(program.run(plan, maps, kernels, vectors, transposed=transposed))
+                made = program.run(
+                    plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
+                )
+                result.copy_(made)
         finally:
             self._lock.release()
 
@@ -94,7 +99,8 @@ class Workspace:
             log = Log(start, vectors)
         reached = self._unplanned(program, maps, kernels, vectors, result, transposed, log)
         if log is not None:
-            self._plans[key] = Plan(log, end, self._memory_of) if reached and log.usable else None
+            memory = functools.partial(self._memory_of, device=vectors.device)
+            self._plans[key] = Plan(log, end, memory) if reached and log.usable else None
         return None
 
     @staticmethod
@@ -115,10 +121,10 @@ class Workspace:
             result.copy_(made)
         return made is not None
 
-    def _memory_of(self, nbytes: int) -> Tensor:
+    def _memory_of(self, nbytes: int, device: torch.device) -> Tensor:
         """At least so many bytes, shared by all plans."""
         if self._memory is None or self._memory.nbytes < nbytes:
             self._plans.clear()  # they point into memory that goes
             self._memory = None
-            self._memory = torch.empty(nbytes, dtype=torch.uint8)
+            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
         return self._memory
