@@ -155,7 +155,8 @@ class Lowering:
         return instruction
 
     def _packs(self, convolution: Convolution) -> bool:
-        return self.packs and packable(convolution.weight, convolution.geometry)
+        dtype = torch.bfloat16 if self.rounds else torch.float32
+        return self.packs and packable(convolution.weight, convolution.geometry, dtype)
 
     def _packed(self, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
         dtype = torch.bfloat16 if self.rounds else torch.float32

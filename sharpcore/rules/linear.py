@@ -90,9 +90,9 @@ def convolution(call: Call) -> LinearMap | None:
 _Geometry = tuple[Sequence[int], Sequence[int], Sequence[int], int]  # padding, stride, dilation, groups
 
 
-def packable(weight: Tensor, geometry: tuple[Any, ...]) -> bool:
-    """Whether oneDNN has the convolution with this weight, geometry as in `Convolution`, for float32 and
-    bfloat16 CPU tensors."""
+def packable(weight: Tensor, geometry: tuple[Any, ...], dtype: torch.dtype) -> bool:
+    """Whether oneDNN has the convolution with this weight, geometry as in `Convolution`, for CPU tensors of
+    this dtype (float32 or bfloat16)."""
     return (
         weight.dim() == 4
         and not geometry[3]
@@ -100,6 +100,7 @@ def packable(weight: Tensor, geometry: tuple[Any, ...]) -> bool:
         and weight.dtype == torch.float32
         and hasattr(mkldnn, "_reorder_convolution_weight")
         and torch.backends.mkldnn.is_available()
+        and (dtype == torch.float32 or mkldnn._is_mkldnn_bf16_supported())
     )
 
 
