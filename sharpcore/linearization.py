@@ -102,21 +102,23 @@ class Linearization:
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         self.precision = precision
         self.memory_budget = memory_budget
-        self._lowering = Lowering(precision, x, {} if copies is None else copies)
-        self._workspace = Workspace()
+        self._lowering = Lowering(precision, x, self.backend, {} if copies is None else copies)
+        self._lowering.packs_adjoints = memory_budget is None
         self._f = f
         self._trace(x, bound)
 
     def _trace(self, x: Tensor, bound: Sequence[Tensor]) -> None:
         self._ready = False
-        self._workspace.forget()
+        self._workspace = Workspace()
         with _plain_precision(x):
             budget = self._lowering.unrounded(self.memory_budget)
             self.program, maps, self.value, parameters = trace(self._f, x, bound, self.backend, budget)
         with torch.inference_mode(False):
             self.x = x.detach().clone()
             self._bound = tuple(t.detach().clone() for t in bound)
-        self._versions = [*parameters, *_constant_versions(self.program)]
+        # Parameters count from when they were read.
+        self._constants = [(t, (version, *_state(t)[1:])) for t, version in parameters]
+        self._constants += [(t, _state(t)) for t in _constants(self.program)]
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(x):
             self._keep(maps)
         self._arrive()
@@ -125,10 +127,11 @@ class Linearization:
         """Lower what the trace left, and choose what to recompute where that is more than the budget."""
         budget, segments = self.memory_budget, []
         if budget is not None:
-            kept = [self._lowering.rounded(size) for size in kept_bytes(self.program, maps)]
+            kept = kept_bytes(self.program, maps, self._lowering)
             weights = self._lowering.weight_bytes(maps)
             if sum(kept) + weights > budget and not self._lowering.rounds:
                 self._lowering.packs, weights = False, 0
+                kept = kept_bytes(self.program, maps, self._lowering)
             inputs = max(t.nbytes for t in (self.x, *self._bound))
             segments = choose_segments(self.program, kept, inputs, weights, budget)
         self._residuals = Residuals(maps, segments, self.program, self.backend, self._lowering)
@@ -140,7 +143,11 @@ class Linearization:
                 self._residuals[index] = None
             elif instruction is not None:
                 recomputed = self._residuals.recomputes(index) and not self.program.nodes[index].fixed
-                self._residuals[index] = None if recomputed else self._lowering.lower(instruction)
+                self._residuals[index] = (
+                    None
+                    if recomputed
+                    else self._lowering.lower(instruction, fixed=self.program.nodes[index].fixed)
+                )
         if missing:
             self._replay((self.x, *self._bound))
         self._describe(segments)
@@ -355,11 +362,11 @@ class Linearization:
     def _check_constants(self) -> None:
         """Products need the weights of the linearization; relinearize keeps constants that were computed from
         them."""
-        for tensor, version in self._versions:
-            if tensor._version != version:
+        for tensor, state in self._constants:
+            if _state(tensor) != state:
                 raise InvalidInput(
-                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place since the "
-                    "network was linearized; linearize it again"
+                    f"a weight or buffer of shape {tuple(tensor.shape)} was changed in place, or given other "
+                    "memory, since the network was linearized; linearize it again"
                 )
 
     def _name_non_finite(self) -> None:
@@ -408,12 +415,18 @@ def _plain_precision(x: Tensor) -> Any:
     return torch.autocast(x.device.type, enabled=False)
 
 
-def _constant_versions(program: Program) -> list[tuple[Tensor, int]]:
-    """The parameters and other constants that the program refers to, with their in-place version now."""
+def _constants(program: Program) -> list[Tensor]:
+    """The parameters and other constants that the program refers to and whose changes are counted."""
     found: dict[int, Tensor] = {}
     for node in program.nodes:
         for arg in node.args:
             for part in arg if isinstance(arg, list) else (arg,):
                 if isinstance(part, Tensor) and not part.is_inference():
                     found[id(part)] = part
-    return [(tensor, tensor._version) for tensor in found.values()]
+    return list(found.values())
+
+
+def _state(constant: Tensor) -> tuple[int, int, torch.dtype]:
+    """What tells whether a constant is still the same: its in-place version, address and dtype."""
+    address = constant.data_ptr() if constant.layout is torch.strided else 0
+    return constant._version, address, constant.dtype

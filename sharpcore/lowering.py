@@ -70,6 +70,7 @@ class Float32(LinearMap):
         return self.inner.flops(k)
 
 
+_EITHER = (torch.float32, torch.bfloat16)
 _FORTH = {torch.bfloat16: torch.float32}
 _BACK = {torch.float32: torch.bfloat16}
 
@@ -104,9 +105,11 @@ class Lowering:
     Weights are converted and packed once; the maps that hold them are kept when the point moves.
     """
 
-    def __init__(self, precision: str, x: Tensor, copies: WeightCopies) -> None:
+    def __init__(self, precision: str, x: Tensor, kernels: Any, copies: WeightCopies) -> None:
         check_precision(precision, x.dtype)
+        self._kernels = kernels
         self._copies = copies
+        self.packs_adjoints = True
         self.rounds = precision == "bfloat16"
         self.packs = x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -130,29 +133,44 @@ class Lowering:
             if isinstance(instruction, Convolution):
                 if self.rounds or self._packs(instruction):
                     copied[id(instruction.weight)] = self.rounded(4 * instruction.weight.numel())
-            elif isinstance(instruction, Linear) and self.rounds:
+            elif isinstance(instruction, Linear) and self.rounds and instruction.weight.dtype in _EITHER:
                 copied[id(instruction.weight)] = 2 * instruction.weight.numel()
         return sum(copied.values())
 
-    def lower(self, instruction: LinearMap) -> LinearMap:
-        """The map as products run it; the given one is changed and may be what is returned."""
-        if isinstance(instruction, Convolution) and self._packs(instruction):
+    def copies(self, instruction: LinearMap) -> bool:
+        """Whether `lower` makes copies of what a map keeps of the point."""
+        return self.rounds or self._turns(instruction)
+
+    def lower(self, instruction: LinearMap, *, fixed: bool = False) -> LinearMap:
+        """The map as products run it; the given one is changed and may be what is returned. `fixed`: it stays
+        when the point moves, so that its weight is worth packing."""
+        if isinstance(instruction, Convolution) and fixed and self._packs(instruction):
             instruction.packed = self._packed(instruction.weight, instruction.geometry, instruction.x_shape)
+            instruction.copy = self._copy if self.packs_adjoints else None
             return instruction
-        if isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4:
+        if self._turns(instruction):
             # Tangents come out of packed convolutions with the channels last; the residual lies beside them.
-            instruction.x = instruction.x.contiguous(memory_format=torch.channels_last)
+            instruction.x = instruction.x.contiguous(memory_format=torch.channels_last)  # type: ignore[attr-defined]
         if not self.rounds:
             return instruction
         if not isinstance(instruction, _ROUND):
             return Float32(instruction)
         if isinstance(instruction, Linear):
             weight = instruction.weight
-            instruction.source = weight
+            if weight.dtype != torch.float32:
+                return instruction
             instruction.weight = self._copy(weight, "rounded", lambda: weight.detach().to(torch.bfloat16))
             return instruction
         self._round(instruction)
+        if isinstance(instruction, Attention) and instruction.q.dtype == torch.bfloat16:
+            # The statistics of the rounded scores: with those of the exact ones no row would sum to one.
+            instruction.out, instruction.lse = self._kernels.attention_forward(
+                instruction.q, instruction.k, instruction.v, mask=instruction.mask, scale=instruction.scale
+            )
         return instruction
+
+    def _turns(self, instruction: LinearMap) -> bool:
+        return isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4
 
     def _packs(self, convolution: Convolution) -> bool:
         dtype = torch.bfloat16 if self.rounds else torch.float32
@@ -164,9 +182,12 @@ class Lowering:
         return self._copy(weight, kind, lambda: pack(weight.detach().to(dtype), geometry, shape))
 
     def _copy(self, weight: Tensor, kind: str, make: Callable[[], Tensor]) -> Tensor:
-        key = (weight.data_ptr(), weight.shape, weight.stride(), kind)
+        if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():
+            return make()  # computed, or one whose changes are not counted: a copy for this map alone
+        key = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), kind)
         if key not in self._copies:
-            self._copies[key] = (weight, make())  # while the weight is held, its address is its own
+            # While its memory is held, no other weight comes to lie at its address.
+            self._copies[key] = (weight.detach(), make())
         return self._copies[key][1]
 
     def _round(self, instruction: LinearMap) -> None:

@@ -143,6 +143,11 @@ class Instruction:
     outputs: tuple[Tensor | None, ...]
     of: LinearMap | None = None
     calls: tuple[Callable[[], Any], ...] = ()
+    touched: tuple[Tensor, ...] = ()  # what the calls point to: held, so that it stays
+
+    def forget(self) -> None:
+        """Run the map itself the next time."""
+        self.of, self.calls, self.touched = None, (), ()
 
     def remember(self, instruction: LinearMap, made: Sequence[Launch]) -> None:
         """Take over the launches of the map, if they touch its own memory and the workspace alone."""
@@ -152,6 +157,8 @@ class Instruction:
         touched = [t for _, tensors in made for t in tensors if t is not None]
         if made and all(id(t) in own or storage_of(t)[0] in known for t in touched):
             self.calls = tuple(call for call, _ in made)
+            # Tensors of their own: a parameter may be given other memory.
+            self.touched = tuple(t.detach() for t in touched)
 
 
 class Plan:
@@ -165,17 +172,21 @@ class Plan:
         The size of the workspace.
     """
 
-    def __init__(self, log: Log, result: int, memory: Callable[[int], Tensor]) -> None:
-        """`result` is the value that the product gives, `memory` where bytes are to be had."""
+    def __init__(self, log: Log, result: int) -> None:
+        """`result` is the value that the product gives. The plan has no memory yet: see `place`."""
         log.regions[log.places[result].region].last = len(log.entries)
-        owner = _share_memory(log)
-        self.nbytes = _assign_offsets(log, owner)
-        workspace = memory(self.nbytes)
+        self._log, self._result = log, result
+        self._owner = _share_memory(log)
+        self.nbytes = _assign_offsets(log, self._owner)
+
+    def place(self, workspace: Tensor) -> None:
+        """Lay everything into these bytes, at least `nbytes`."""
+        log = self._log
         tensors: dict[_Place, Tensor] = {}
 
         def tensor(place: _Place) -> Tensor:
             if place not in tensors:
-                region = log.regions[owner[place.region]]
+                region = log.regions[self._owner[place.region]]
                 memory = workspace[region.offset : region.offset + region.nbytes].view(region.dtype)
                 offset = int(memory.storage_offset()) + place.offset
                 tensors[place] = memory.as_strided(place.size, place.stride, offset)
@@ -187,7 +198,7 @@ class Plan:
         self.instructions = [
             Instruction(entry.node, optional(entry.inputs), optional(entry.outputs)) for entry in log.entries
         ]
-        self.start, self.result = tensor(log.start), tensor(log.places[result])
+        self.start, self.result = tensor(log.start), tensor(log.places[self._result])
         self.threads = torch.get_num_threads()
 
     def prepare(self) -> None:
@@ -195,7 +206,7 @@ class Plan:
         if self.threads != torch.get_num_threads():
             self.threads = torch.get_num_threads()
             for instruction in self.instructions:
-                instruction.of, instruction.calls = None, ()
+                instruction.forget()
 
 
 def _share_memory(log: Log) -> list[int]:

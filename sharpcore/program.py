@@ -159,7 +159,7 @@ class Program:
             out = node.run(kernels, args)
             if wanted:
                 call = Call(node.op, args, node.kwargs, out, node.active)
-                made[index] = lowering.lower(build_map(node, call, rules))
+                made[index] = lowering.lower(build_map(node, call, rules), fixed=node.fixed)
                 if segment is None:
                     residuals[index] = made.pop(index)
             for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
@@ -233,7 +233,7 @@ class Program:
     def run(
         self,
         plan: Plan,
-        maps: Sequence[LinearMap | None],
+        maps: Residuals,
         kernels: Any,
         vectors: Tensor,
         *,
@@ -254,8 +254,11 @@ class Program:
                 continue
             instruction = maps[step.node]
             assert instruction is not None
-            if step.of is not instruction:  # at a new point
-                step.of, step.calls = instruction, ()
+            if maps.makes(step.node):  # and drops it again: nothing to remember
+                _execute(step, instruction, kernels, transposed)
+            elif step.of is not instruction:  # at a new point
+                step.forget()
+                step.of = instruction
                 _execute(step, instruction, kernels, transposed)
             elif step.calls:
                 for call in step.calls:

@@ -37,22 +37,22 @@ def residual_storages(node: Node, instruction: LinearMap) -> list[tuple[StorageW
 class Dropped(LinearMap):
     """Stands for a map that was let go of in a trace, since it did not fit into memory."""
 
-    def __init__(self, dropped: LinearMap, storages: list[tuple[StorageWeakRef, int]]) -> None:
-        self.kind = type(dropped)
+    def __init__(self, storages: list[tuple[StorageWeakRef, int]]) -> None:
         self.storages = storages
 
 
-def kept_bytes(program: Program, maps: Sequence[LinearMap | None]) -> list[int]:
-    """What the map of each node keeps, but for what the map of an earlier node keeps as well."""
+def kept_bytes(program: Program, maps: Sequence[LinearMap | None], lowering: Lowering) -> list[int]:
+    """What the map of each node will keep, but for what the map of an earlier node keeps as well: a copy that
+    lowering makes is shared with no other map."""
     seen: dict[int, StorageWeakRef] = {}
     result = []
     for node, instruction in zip(program.nodes, maps, strict=True):
         total = 0
         if instruction is not None and not is_fixed(instruction):
             for storage, size in residual_storages(node, instruction):
-                if storage.cdata not in seen:
+                if storage.cdata not in seen or lowering.copies(instruction):
                     seen[storage.cdata] = storage
-                    total += size
+                    total += lowering.rounded(size)
         result.append(total)
     return result
 
@@ -127,6 +127,10 @@ class Residuals(Sequence["LinearMap | None"]):
     def recomputes(self, node: int) -> bool:
         """Whether the node's map, if it depends on the point, is made again in every product."""
         return node in self._of
+
+    def makes(self, node: int) -> bool:
+        """Whether the node's map was made from checkpoints and will be dropped again."""
+        return node in self._of and self._kept[node] is None
 
     def offer(self, value: int, tensor: Tensor) -> None:
         """Keep a value of the primal pass if a recomputed segment starts from it."""

@@ -390,7 +390,7 @@ class Tracer:
             map_ = self.maps[older]
             storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
             if map_ is not None and storages:
-                self.maps[older] = Dropped(map_, storages)
+                self.maps[older] = Dropped(storages)
             self._dropped = older + 1
 
     def _evaluate_fused(self, node: Node, call: Call) -> Call:

@@ -3,9 +3,7 @@ vectors."""
 
 from __future__ import annotations
 
-import functools
 import threading
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from torch import Tensor
 
 from sharpcore.plan import ADD, Log, Plan
 from sharpcore.program import Program
-from sharpcore.rules import LinearMap
+from sharpcore.residuals import Residuals
 
 
 class Workspace:
@@ -34,24 +32,22 @@ class Workspace:
         """Bytes that are kept between products."""
         return 0 if self._memory is None else self._memory.nbytes
 
-    def forget(self) -> None:
-        """Give the memory back; for when the program changes."""
-        with self._lock:
-            self._plans.clear()
-            self._memory = None
-
     def leave_point(self, program: Program) -> None:
-        """Let go of the maps of the point that is left."""
-        with self._lock:
+        """Let go of the maps of the point that is left, unless a product is running."""
+        if not self._lock.acquire(blocking=False):
+            return
+        try:
             for plan in self._plans.values():
                 for instruction in plan.instructions if plan is not None else ():
                     if instruction.node != ADD and not program.nodes[instruction.node].fixed:
-                        instruction.of, instruction.calls = None, ()
+                        instruction.forget()
+        finally:
+            self._lock.release()
 
     def product(
         self,
         program: Program,
-        maps: Sequence[LinearMap | None],
+        maps: Residuals,
         kernels: Any,
         vectors: Tensor,
         result: Tensor,
@@ -70,13 +66,15 @@ class Workspace:
                     plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
                 )
                 result.copy_(made)
+                if result.is_cuda:  # another thread's stream may be next in the workspace
+                    torch.cuda.current_stream(result.device).synchronize()
         finally:
             self._lock.release()
 
     def plan(
         self,
         program: Program,
-        maps: Sequence[LinearMap | None],
+        maps: Residuals,
         kernels: Any,
         vectors: Tensor,
         result: Tensor,
@@ -99,14 +97,16 @@ class Workspace:
             log = Log(start, vectors)
         reached = self._unplanned(program, maps, kernels, vectors, result, transposed, log)
         if log is not None:
-            memory = functools.partial(self._memory_of, device=vectors.device)
-            self._plans[key] = Plan(log, end, memory) if reached and log.usable else None
+            plan = Plan(log, end) if reached and log.usable else None
+            if plan is not None:
+                self._place(plan, vectors.device)
+            self._plans[key] = plan
         return None
 
     @staticmethod
     def _unplanned(
         program: Program,
-        maps: Sequence[LinearMap | None],
+        maps: Residuals,
         kernels: Any,
         vectors: Tensor,
         result: Tensor,
@@ -121,10 +121,12 @@ class Workspace:
             result.copy_(made)
         return made is not None
 
-    def _memory_of(self, nbytes: int, device: torch.device) -> Tensor:
-        """At least so many bytes, shared by all plans."""
-        if self._memory is None or self._memory.nbytes < nbytes:
-            self._plans.clear()  # they point into memory that goes
+    def _place(self, plan: Plan, device: torch.device) -> None:
+        """Give a plan its place in the memory that all plans share; where that grows, all move."""
+        if self._memory is None or self._memory.nbytes < plan.nbytes:
             self._memory = None
-            self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        return self._memory
+            self._memory = torch.empty(plan.nbytes, dtype=torch.uint8, device=device)
+            for other in self._plans.values():
+                if other is not None:
+                    other.place(self._memory)
+        plan.place(self._memory)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from small_unet import prediction, vectors
 
 from sharpcore import linearize
 from sharpcore.errors import InvalidInput, OutOfMemory
+from sharpcore.residuals import Segment
+from sharpcore.rules import LinearMap
 from sharpcore.testing.tolerance import relative_error
 
 
@@ -53,6 +56,55 @@ def test_what_is_held_during_a_product_is_within_the_budget() -> None:
             t.untyped_storage().nbytes() for t in seen.values() if not isinstance(t, torch.nn.Parameter)
         )
         assert tight.residual_bytes + own <= budget
+
+
+def test_products_do_not_hold_on_to_what_they_recompute() -> None:
+    f, x = prediction()
+    full = linearize(f, x)
+    tight = linearize(f, x, memory_budget=full.residual_bytes // 2)
+    made: list[weakref.ref[object]] = []
+    original = tight._residuals.make
+
+    def watched(segment: Segment) -> dict[int, LinearMap]:
+        maps = original(segment)
+        made.extend(weakref.ref(instruction) for instruction in maps.values())
+        return maps
+
+    tight._residuals.make = watched  # type: ignore[method-assign]
+    for k in (1, 2, 1, 1, 2):
+        tight.jvp(vectors(k, x))
+        tight.vjp(vectors(k, x))
+    alive = {id(reference()) for reference in made} - {id(None)}
+    last = {id(instruction) for instruction in tight._residuals._made[1].values()}
+    assert alive == last
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_transposed_products_stay_within_the_budget(precision: str) -> None:
+    f, x = prediction()
+    full = linearize(f, x, precision=precision)
+    budget = full.residual_bytes + full.weight_bytes
+    exact = linearize(f, x, precision=precision, memory_budget=budget)
+    before = exact.nbytes - exact._workspace.nbytes
+    exact.vjp(vectors(1, x))
+    assert exact.nbytes - exact._workspace.nbytes == before
+
+
+def test_residuals_that_maps_share_are_counted_as_they_are_kept() -> None:
+    """In bfloat16 every map has a copy of its own of the probabilities."""
+
+    def attention(x: torch.Tensor) -> torch.Tensor:
+        for _ in range(4):
+            x = x + (x @ x.mT).softmax(-1) @ x
+        return x
+
+    x = vectors(1, torch.zeros(2, 48, 8))[0] / 4
+    full = linearize(attention, x, precision="bfloat16")
+    for share in (1.0, 0.95):
+        budget = int(share * full.residual_bytes)
+        tight = linearize(attention, x, precision="bfloat16", memory_budget=budget)
+        assert tight.residual_bytes <= budget
+        assert relative_error(tight.jvp(vectors(1, x)), full.jvp(vectors(1, x))) < 1e-2
 
 
 def test_exact_under_a_budget_in_float64() -> None:

@@ -43,7 +43,7 @@ ARGUMENTS = {
     "attention_tangent": (*[ones(1, 2, 9, 5)] * 4, ones(1, 2, 9), *[ones(3, 1, 2, 9, 5) for _ in range(3)]),
     "group_norm_silu_tangent": (ones(3, 1, 4, 9), ones(1, 4, 9), ones(1, 2), ones(1, 2), None, None, 2, True),
     "layer_norm_tangent": (ones(3, 9, 5), ones(9, 5), ones(9, 1), ones(9, 1), None, 1),
-    "geglu_tangent": (ones(3, 9, 10), ones(9, 10), "none"),
+    "geglu_tangent": (ones(3, 9, 10), ones(9, 10)),
 }
 KEYWORDS = {"attention_tangent": {"mask": None, "scale": 1.0}}
 new_empty, data_ptr = torch.Tensor.new_empty, torch.Tensor.data_ptr
@@ -72,8 +72,8 @@ run(sys.argv[1])
 """
 
 MISALIGNED = """
-projection = torch.frombuffer(bytearray(361), dtype=torch.float32, offset=1).view(9, 10)
-cpu.geglu_tangent(ones(3, 9, 10), projection, "none")
+factors = torch.frombuffer(bytearray(361), dtype=torch.float32, offset=1).view(9, 10)
+cpu.geglu_tangent(ones(3, 9, 10), factors)
 """
 
 STEMS = ["attention_tangent", "group_norm_silu_tangent", "layer_norm_tangent", "geglu_tangent"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,6 +33,8 @@ class Convolution(LinearMap):
         self.geometry = tuple(call.args[3:9])
         self.packed: Tensor | None = None
         self.packed_adjoint: Tensor | None = None
+        # Gives the copy of a weight that all linearizations of the network share; None: no second copy.
+        self.copy: Callable[[Tensor, str, Callable[[], Tensor]], Tensor] | None = None
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
@@ -51,10 +53,12 @@ class Convolution(LinearMap):
         (cotangent,) = cotangents
         if cotangent is None:
             return (None,)
-        if self.packed is not None and (geometry := self._adjoint_geometry()) is not None:
+        geometry = self._adjoint_geometry()
+        if self.packed is not None and self.copy is not None and geometry is not None:
             if self.packed_adjoint is None:
-                weight = self.weight.detach().transpose(0, 1).flip(2, 3).to(self.packed.dtype)
-                self.packed_adjoint = _pack(weight, geometry, self.out_shape)
+                self.packed_adjoint = self.copy(
+                    self.weight, f"adjoint {self.packed.dtype} {geometry}", self._pack_adjoint
+                )
             return (_packed_convolution(cotangent, self.packed_adjoint, geometry, out[0]),)
         k = cotangent.shape[0]
         folded = cotangent.flatten(0, 1)
@@ -64,6 +68,13 @@ class Convolution(LinearMap):
         grad = aten.convolution_backward(folded, like, weight, None, *self.geometry, [True, False, False])[0]
         grad = grad.unflatten(0, (k, -1))
         return (grad if out[0] is None else out[0].copy_(grad),)
+
+    def _pack_adjoint(self) -> Tensor:
+        assert self.packed is not None
+        weight = self.weight.detach().transpose(0, 1).flip(2, 3).to(self.packed.dtype)
+        geometry = self._adjoint_geometry()
+        assert geometry is not None
+        return _pack(weight, geometry, self.out_shape)
 
     def _adjoint_geometry(self) -> _Geometry | None:
         """The convolution that the transpose is; None where it is none."""
@@ -143,7 +154,6 @@ class Linear(LinearMap):
 
     def __init__(self, weight: Tensor) -> None:
         self.weight = weight
-        self.source = weight  # where products round it, the weight that it was rounded from
         self.rows = 0
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
