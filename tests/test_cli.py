@@ -304,6 +304,7 @@ def test_killed_process_is_resumed_without_loss_or_repetition(fake, tmp_path):
 def test_interrupt_signal_in_a_real_run_then_resume(tmp_path):
     pytest.importorskip("diffusers")
     prompts = (cli.default_model() / "prompts_nonmem.txt").read_text(encoding="utf-8").splitlines()
+    prompts *= 20  # more than can be finished before the signal comes
     path, out = prompts_file(tmp_path, *prompts), tmp_path / "out.jsonl"
     options = ["--seeds", "1", "--norm"]
     process = start("from sharpcore.cli import main; main()", "score", path, "-o", out, *options)
