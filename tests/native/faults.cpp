@@ -37,12 +37,12 @@ void race() {
 }
 
 void geglu(Index missing_outputs, Index vector_count_stride) {
-    const std::vector<float> projection(kRows * 2 * kColumns, 1.0f), vectors(kCount * kRows * 2 * kColumns, 1.0f);
+    const std::vector<float> factors(kRows * 2 * kColumns, 1.0f), vectors(kCount * kRows * 2 * kColumns, 1.0f);
     std::vector<float> out(kCount * kRows * kColumns - missing_outputs);
     sharpcore::GegluArguments arguments{};
     arguments.out = out.data();
     arguments.vectors = vectors.data();
-    arguments.projection = projection.data();
+    arguments.factors = factors.data();
     arguments.count = kCount;
     arguments.rows = kRows;
     arguments.columns = kColumns;
