@@ -68,9 +68,11 @@ def bits_equal(a: Tensor, b: Tensor) -> bool:
 
 
 def available_isas() -> list[str]:
+    """The instruction sets that this CPU has."""
     native = cpu.extension()
     features = {} if native is None else native.cpu_features()
-    return ["portable", *(isa for isa in ("avx2", "avx512") if features.get(isa) and features.get("fma"))]
+    needed = {"avx2": "avx2", "avx512": "avx512", "avx512bf16": "avx512_bf16"}
+    return ["portable", *(isa for isa, feature in needed.items() if features.get(feature))]
 
 
 each_isa = pytest.mark.parametrize("isa", available_isas())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from kernel_checks import available_isas
 from torch import Tensor
 
 from sharpcore.backends import cpu, get_backend, reference
@@ -528,13 +529,6 @@ for dtype in (torch.float32, torch.float64):
     check_forward(Case(33, 77, 16, dtype=dtype, mask=banded_mask(33, 77)))
     check(Case(33, 77, 16, dtype=dtype, mask=banded_mask(33, 77)))
 """
-
-
-def available_isas() -> list[str]:
-    native = cpu.extension()
-    features = {} if native is None else native.cpu_features()
-    needed = {"avx2": "avx2", "avx512": "avx512", "avx512bf16": "avx512_bf16"}
-    return ["portable", *(isa for isa, feature in needed.items() if features.get(feature))]
 
 
 @needs_extension

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import available_isas
 from test_group_norm_silu_tangent import (
     SHAPES,
     Shape,
-    available_isas,
     each_by_sample,
     each_layout,
     each_silu,

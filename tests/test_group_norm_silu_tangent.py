@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import available_isas
 from torch import Tensor
 
 from sharpcore.backends import cpu, reference
@@ -582,12 +583,6 @@ for dtype, bound in ((torch.float32, 5e-7), (torch.float64, 1e-15), (torch.bfloa
                 error = (cpu.KERNELS[kernel](vectors, x, *rest) - expected).norm() / expected.norm()
                 assert error < bound, (dtype, size, last, kernel, float(error))
 """
-
-
-def available_isas() -> list[str]:
-    native = cpu.extension()
-    features = {} if native is None else native.cpu_features()
-    return ["portable", *(isa for isa in ("avx2", "avx512") if features.get(isa) and features.get("fma"))]
 
 
 @needs_extension

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_checks import available_isas
 from oracles import oracle_jvp, oracle_vjp
 from torch import Tensor
 
@@ -417,12 +418,6 @@ for dtype, bound in ((torch.float32, 5e-7), (torch.float64, 1e-15), (torch.bfloa
                 error = (cpu.KERNELS[kernel](*arguments, 1) - expected).norm() / expected.norm()
                 assert error < bound, (dtype, size, kernel, float(error))
 """
-
-
-def available_isas() -> list[str]:
-    native = cpu.extension()
-    features = {} if native is None else native.cpu_features()
-    return ["portable", *(isa for isa in ("avx2", "avx512") if features.get(isa) and features.get("fma"))]
 
 
 @needs_extension
