@@ -16,6 +16,7 @@ from sharpcore.backends.reference.group_norm_silu_tangent import (
     group_norm_silu_adjoint,
     group_norm_silu_tangent,
 )
+from sharpcore.backends.reference.grow_basis import grow_basis
 from sharpcore.backends.reference.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.reference.residual_add import residual_add
 from sharpcore.backends.reference.upsample_nearest_tangent import (
@@ -38,6 +39,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         geglu_adjoint,
         geglu_forward,
         residual_add,
+        grow_basis,
         upsample_nearest_tangent,
         upsample_nearest_adjoint,
     )
