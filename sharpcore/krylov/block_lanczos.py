@@ -24,8 +24,15 @@ ENDS = ("smallest", "largest", "both")
 # much.
 _BASIS_ENTRIES = 2**24
 _BASIS_ROWS = 768
+# Once all pairs have converged, a random vector joins the block while so many more vectors are multiplied (a
+# share of the basis, and at least): what the start did not see, as further copies of an eigenvalue, shows
+# then.
+_VERIFICATION = 1 / 8
+_LEAST_VERIFICATION = 8
 # How much a basis grows between two looks at its Ritz pairs.
 _GROWTH = 1 / 24
+# What a checkpoint holds of a run beside its decomposition.
+_STATE = ("values", "residuals", "vectors", "next_look", "looks", "drawn", "verified", "asymmetry")
 
 
 @dataclass(frozen=True)
@@ -162,12 +169,15 @@ class _Run:
         self.asymmetry = torch.zeros(op.samples, dtype=torch.float64)
         self.next_look = torch.full((op.samples,), min(count + plan.block, op.dimension))
         self.looks = 0
+        self.drawn = torch.zeros(op.samples, dtype=torch.int64)  # random vectors used
+        self.verified = torch.full((op.samples,), -1)  # vectors multiplied until the check ends; -1 before it
 
     def go(self) -> None:
         """Multiply and look until every sample is done."""
         krylov, op, plan = self.krylov, self.op, self.plan
         if not self._resume():
-            krylov.append(self._random(torch.arange(op.samples)))
+            everyone = torch.arange(op.samples)
+            krylov.append(self._random(everyone, plan.block), everyone)
         while not bool(krylov.frozen.all()):
             block = krylov.active()
             products = op.multiply(block)
@@ -185,23 +195,18 @@ class _Run:
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
 
-    def _random(self, samples: Tensor) -> Tensor:
-        """The next random block of the given samples, [block, B, d]; zeros for the others."""
-        krylov, plan = self.krylov, self.plan
-        out = torch.zeros(
-            plan.block, self.op.samples, self.op.dimension, dtype=torch.float64, device=self.op.device
-        )
-        for number in torch.unique(krylov.breakdowns[samples]).tolist():
-            these = samples[krylov.breakdowns[samples] == number]
+    def _random(self, samples: Tensor, count: int) -> Tensor:
+        """The next random vectors of the given samples, [count, B, d]; zeros for the others."""
+        op, plan = self.op, self.plan
+        out = torch.zeros(count, op.samples, op.dimension, dtype=torch.float64, device=op.device)
+        for first in torch.unique(self.drawn[samples]).tolist():
+            these = samples[self.drawn[samples] == first]
+            ids = [plan.sample_ids[i] for i in these.tolist()]
             out[:, these.to(out.device)] = probes(
-                "normal",
-                plan.seed,
-                samples=[plan.sample_ids[i] for i in these.tolist()],
-                first=number * plan.block,
-                count=plan.block,
-                dimension=self.op.dimension,
-                device=self.op.device,
-            )
+                "normal", plan.seed, samples=ids, first=first, count=count, dimension=op.dimension,
+                device=op.device,
+            )  # fmt: skip
+        self.drawn[samples] += count
         return out
 
     def _look(self, samples: Tensor, last: bool) -> None:
@@ -227,8 +232,12 @@ class _Run:
                     float(residuals[place].max() / scale[place].clamp_min(1e-300)) if enough else float("nan")
                 )
                 result: Result | None = None
+                if not within[place]:
+                    self.verified[i] = -1
                 if within[place] and complete[place]:
-                    result = Result.converged
+                    # A sequence begun after a breakdown has been such a check.
+                    if everything or last or krylov.sequences[i] > 1 or self._verify(i):
+                        result = Result.converged
                 elif everything or (settled[place] and not within[place]):
                     result = Result.stagnated
                 elif processed == size and plan.stop_at_breakdown:
@@ -237,14 +246,28 @@ class _Run:
                     result = Result.not_converged
                 if result is not None:
                     self._keep(i, ritz.of(slice(place, place + 1)), chosen, result)
-            going = ~krylov.frozen[ritz.samples]
-            if bool(krylov.full[ritz.samples[0]]) and bool(going.any()):
-                self._contract(ritz.of(going))
             grown = max(plan.block, int(_GROWTH * processed))
             self.next_look[ritz.samples] = krylov.processed[ritz.samples] + grown
+        for ritz in krylov.ritz(samples[(krylov.full & ~krylov.frozen)[samples]]):
+            self._contract(ritz)
         if self.progress is not None:
             done = tuple(result is not None and result.ok for result in self.results)
             self.progress(Progress(self.op.products, int(krylov.sizes.max()), done, tuple(worst_of)))
+
+    def _verify(self, i: int) -> bool:
+        """Whether sample i, all of whose pairs have converged, has been looked at with other eyes as well."""
+        krylov = self.krylov
+        if 0 <= int(self.verified[i]) <= int(krylov.multiplied[i]):
+            return True
+        active = int(krylov.sizes[i] - krylov.processed[i]) + 1
+        if self.values.shape[1] + 3 * active > krylov.limit:
+            return True
+        if int(self.verified[i]) < 0:
+            more = max(_LEAST_VERIFICATION, int(_VERIFICATION * int(krylov.processed[i])))
+            self.verified[i] = krylov.multiplied[i] + more
+            one = torch.tensor([i])
+            krylov.append(self._random(one, 1), one, sequence=False)
+        return False
 
     def _is_complete(self, ritz: Ritz, chosen: Tensor, bound: Tensor) -> Tensor:
         """Whether no eigenvalue beyond the wanted ones can have been missed, [G] bool.
@@ -289,7 +312,7 @@ class _Run:
         """A fresh random block for every sample whose sequence has closed."""
         samples = self.krylov.ended.nonzero().flatten()
         if len(samples):
-            self.krylov.append(self._random(samples), samples)
+            self.krylov.append(self._random(samples, self.plan.block), samples)
 
     def _check_symmetry(self, samples: Tensor) -> None:
         if not len(samples):
@@ -336,12 +359,10 @@ class _Run:
 
     def _save(self) -> None:
         assert self.checkpoint is not None
-        state = {
-            "krylov": self.krylov.state(), "values": self.values, "residuals": self.residuals,
-            "vectors": self.vectors, "results": [result and result.name for result in self.results],
-            "next_look": self.next_look, "looks": self.looks, "products": self.op.products, "calls":
-            self.op.calls, "seconds": self.op.seconds,
-        }  # fmt: skip
+        state = {name: getattr(self, name) for name in _STATE}
+        state["krylov"] = self.krylov.state()
+        state["results"] = [result and result.name for result in self.results]
+        state["operator"] = (self.op.products, self.op.calls, self.op.seconds)
         write_checkpoint(self.checkpoint, self._identity(), state)
 
     def _resume(self) -> bool:
@@ -350,10 +371,10 @@ class _Run:
         if state is None:
             return False
         self.krylov.load_state(state["krylov"])
-        for name in ("values", "residuals", "vectors", "next_look", "looks"):
+        for name in _STATE:
             setattr(self, name, state[name])
         self.results = [name and Result[name] for name in state["results"]]
-        self.op.products, self.op.calls, self.op.seconds = state["products"], state["calls"], state["seconds"]
+        self.op.products, self.op.calls, self.op.seconds = state["operator"]
         self._check_operator()
         return True
 

@@ -59,23 +59,25 @@ class Decomposition:
         self.sequences = torch.zeros(samples, dtype=torch.int64)
         self.breakdowns = torch.zeros(samples, dtype=torch.int64)
         self.deflated = torch.zeros(samples, dtype=torch.int64)
+        self.multiplied = torch.zeros(samples, dtype=torch.int64)
         self.frozen = torch.zeros(samples, dtype=torch.bool)
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
         self._grow = get_backend("auto", device=device, dtype=torch.float64).grow_basis
 
-    def append(self, vectors: Tensor, samples: Tensor | None = None) -> None:
-        """Begin a sequence with the parts of `vectors` [K, B, d] that the bases do not hold yet."""
-        sizes = self.sizes.clone()
-        if samples is not None:
-            mask = torch.ones_like(self.frozen)
-            mask[samples] = False
-            sizes[mask] = -1
-        growth = self._grow(self.basis, sizes, vectors, floor=torch.zeros_like(self.norm), limit=self.limit)
-        begun = sizes >= 0
-        self.start = torch.where(begun, self.processed, self.start)
-        self.sequences += begun
-        self.sizes += growth.ranks
+    def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
+        """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
+        blocks.
+
+        They begin a new sequence, or (sequence=False) joins the one that goes on.
+        """
+        sizes = torch.full_like(self.sizes, -1)
+        sizes[samples] = self.sizes[samples]
+        floor = torch.zeros_like(self.norm)
+        self.sizes += self._grow(self.basis, sizes, vectors, floor=floor, limit=self.limit).ranks
+        if sequence:
+            self.start[samples] = self.processed[samples]
+            self.sequences[samples] += 1
 
     def active(self) -> Tensor:
         """The block to multiply next, [K, B, d]; zero rows where a sample has fewer vectors than others."""
@@ -109,6 +111,7 @@ class Decomposition:
         entry, row = (steps < growth.ranks[where, None]).nonzero(as_tuple=True)
         i = where[entry]
         self.projected[i, self.sizes[i] + row, to[entry]] = triangle[i, row, source[entry]]
+        self.multiplied += counts
         self.deflated += (counts - growth.ranks).clamp_min(0)
         self.processed = torch.where(self.frozen, self.processed, self.sizes)
         self.sizes = self.sizes + growth.ranks
