@@ -24,7 +24,7 @@ from sharpcore.backends import cpu, reference
         pytest.param(64, 64, 1024, 4, id="tiny"),  # 64 samples of the shipped model
         pytest.param(64, 160, 1024, 1, id="tiny-1"),  # one vector, and as many rows as 10 pairs need
         pytest.param(2, 64, 4096, 4, id="mid"),
-        pytest.param(1, 256, 16384, 4, id="sd14"),
+        pytest.param(1, 256, 16384, 4, id="large"),
     ],
 )
 def test_grow_basis(table: Any, benchmark: Any, samples: int, size: int, dimension: int, block: int) -> None:
