@@ -140,21 +140,22 @@ def arnoldi_procedure(
 ) -> Pairs:
     """The procedure of arXiv 2412.04140: Arnoldi with one vector, here until its pairs have converged.
 
-    Modified Gram-Schmidt; the basis is kept in float64, which costs next to nothing beside the products, and
-    the Ritz pairs are looked at every few steps, where the paper takes a fixed number of them.
+    The Ritz pairs are looked at every few steps, where the paper takes a fixed number of steps. Gram-Schmidt
+    goes twice over a float64 basis: with one pass, modified or not, the basis loses its independence within
+    200 steps here, and zeros come up among the eigenvalues. It costs little beside the products.
     """
     basis = np.zeros((most + 1, operator.dimension))
     hessenberg = np.zeros((most + 1, most))
     basis[0] = operator.start()[:, 0]
     basis[0] /= np.linalg.norm(basis[0])
     for step in range(most):
-        w = operator(basis[step])
-        for i in range(step + 1):
-            hessenberg[i, step] = basis[i] @ w
-            w -= hessenberg[i, step] * basis[i]
-        hessenberg[step + 1, step] = np.linalg.norm(w)
-        basis[step + 1] = w / hessenberg[step + 1, step]
-        size = step + 1
+        size, w = step + 1, operator(basis[step])
+        for _ in range(2):
+            along = basis[:size] @ w
+            w -= along @ basis[:size]
+            hessenberg[:size, step] += along
+        hessenberg[size, step] = np.linalg.norm(w)
+        basis[size] = w / hessenberg[size, step]
         if size < 2 * count or size % every:
             continue
         values, vectors = np.linalg.eig(hessenberg[:size, :size])
