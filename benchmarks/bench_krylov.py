@@ -22,9 +22,9 @@ from eigensolvers import DEPTHS, Operator, Pairs, Solve, loosest
 from hessians import TOLERANCE, Hessians
 from measure import Run, Table
 from problems import Problem
-from sharpcore.krylov.block_lanczos import block_lanczos
 
 import sharpcore
+from sharpcore.krylov import block_lanczos
 
 COUNT = 10  # pairs at each end
 BATCH = 8
