@@ -135,9 +135,10 @@ def test_decomposition_identity(name: str, block: int, restart: bool) -> None:
         if bool(krylov.full.any()):
             if not restart:
                 break
-            for ritz in krylov.ritz(torch.arange(3)):
-                kept = torch.arange(ritz.values.shape[1])[: 8 + block].expand(len(ritz.samples), -1)
-                krylov.restart(ritz, kept)
+            for group, _, processed, _ in krylov.groups(torch.arange(3)):
+                h = krylov.projected[group, :processed, :processed]
+                weights = torch.linalg.eigh((h + h.mT) / 2).eigenvectors[..., : 8 + block]
+                krylov.contract(group, weights, torch.zeros(len(group), dtype=torch.int64))
         krylov.extend(operator.multiply(krylov.active()), operator, 1e-10)
         ended = krylov.ended.nonzero().flatten()
         if len(ended):

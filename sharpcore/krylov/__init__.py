@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from sharpcore.krylov.block_lanczos import Progress, block_lanczos
+from sharpcore.krylov.arnoldi import arnoldi
+from sharpcore.krylov.block_lanczos import block_lanczos
+from sharpcore.krylov.dense import dense, eigenvalues, eigh
+from sharpcore.krylov.golub_kahan import SingularSolution, golub_kahan
 from sharpcore.krylov.operator import BatchedOperator, as_batched
 from sharpcore.krylov.probes import probes
+from sharpcore.krylov.run import Progress
 from sharpcore.krylov.solution import Estimate, Result, Solution, Stats
 
 __all__ = [
@@ -12,9 +16,15 @@ __all__ = [
     "Estimate",
     "Progress",
     "Result",
+    "SingularSolution",
     "Solution",
     "Stats",
+    "arnoldi",
     "as_batched",
     "block_lanczos",
+    "dense",
+    "eigenvalues",
+    "eigh",
+    "golub_kahan",
     "probes",
 ]
