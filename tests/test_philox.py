@@ -110,7 +110,7 @@ ISA = f"""
 import torch
 ids = torch.tensor({IDS})
 for kind in {KINDS}:
-    for dimension in {DIMENSIONS}:
+    for dimension in (1, 7, 33, 129, 1025, 5001):
         expected = reference.philox_probes(kind, 7, ids, 5, 2, dimension, dtype=torch.float64, device="cpu")
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             for threads in (1, 2):
