@@ -1,4 +1,4 @@
-"""The command line: `sharpcore score`, `sharpcore evaluate` and `sharpcore doctor`."""
+"""The command line: `sharpcore score`, `evaluate`, `spectrum` and `doctor`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from sharpcore import __version__
+from sharpcore.arguments import check_steps
 from sharpcore.cli_run import (
     LABEL,
     Column,
@@ -32,6 +33,7 @@ from sharpcore.cli_run import (
     with_options,
     write_table,
 )
+from sharpcore.cli_spectrum import spectrum
 from sharpcore.errors import InvalidInput, SharpcoreError
 from sharpcore.journal import check_output
 from sharpcore.prompts import PromptRow, read_prompts
@@ -164,6 +166,9 @@ def evaluate(
     console.print(evaluation_table(evaluations))
 
 
+app.command()(spectrum)
+
+
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
     """What is installed, what the backends support here, and a self-test (exit code 1 if it fails)."""
@@ -235,6 +240,7 @@ def _score(prompts: Sequence[PromptRow], output: Path, options: Scoring) -> None
     asked: dict[str, Any] = {
         name: settings[name] for name in ("steps", "seeds", "metrics", "units", "squared", "latent_size")
     }
+    check_steps(steps, len(scorer.timesteps))
     timesteps = [float(scorer.timesteps[step]) for step in steps]
     write_table(
         output,

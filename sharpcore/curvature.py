@@ -285,7 +285,7 @@ def latent_shape(pipe: Any, latent_size: tuple[int, int] | None) -> tuple[int, i
 
 
 class Trajectories:
-    """Guided trajectories of a pipeline, and the curvature at their states; the weights' copies are shared.
+    """Guided trajectories of a pipeline, and the curvature at their states.
 
     Raises as `curvature_at` does.
     """
@@ -298,7 +298,6 @@ class Trajectories:
         self.timesteps: list[float] = (
             trajectory_scheduler(pipe, num_inference_steps).timesteps.double().tolist()
         )
-        self._copies: WeightCopies = {}
 
     def from_seeds(
         self, prompts: Sequence[str], seeds: Sequence[int], steps: Sequence[int], shape: tuple[int, int, int]
@@ -321,9 +320,8 @@ class Trajectories:
         """The curvature at the states x [B, C, H, W] with B prompts at the scheduler's timestep t []."""
         place = next(self.pipe.unet.parameters())
         x = x.to(place.device, place.dtype)
-        return self._curvature(
-            scheduler, step, t, x, prompts, None, _conditionings(self.pipe, prompts, x.shape)
-        )
+        both = _conditionings(self.pipe, prompts, x.shape)
+        return self._curvature(scheduler, step, t, x, prompts, None, both, {})
 
     def _along(
         self,
@@ -334,10 +332,10 @@ class Trajectories:
         seeds: tuple[int, ...] | None,
         steps: Sequence[int],
     ) -> Iterator[Curvature]:
-        both = _conditionings(self.pipe, prompts, latents.shape)
+        both, copies = _conditionings(self.pipe, prompts, latents.shape), WeightCopies()
         states = guided_states(self.pipe, latents, generators, scheduler, *both, self.guidance_scale, steps)
         for step, t, x in states:
-            yield self._curvature(scheduler, step, t, x, prompts, seeds, both)
+            yield self._curvature(scheduler, step, t, x, prompts, seeds, both, copies)
 
     def _curvature(
         self,
@@ -348,6 +346,7 @@ class Trajectories:
         prompts: Sequence[str],
         seeds: tuple[int, ...] | None,
         conditionings: tuple[text.Conditioning, text.Conditioning],
+        copies: WeightCopies,
     ) -> Curvature:
         conditional, unconditional = (
             ScoreFunction.from_scheduler(self.pipe.unet, scheduler, t, conditioning, self.how.units)
@@ -364,7 +363,7 @@ class Trajectories:
             units=self.how.units,
             _functions=(conditional, unconditional),
             _products=self.how,
-            _copies=self._copies,
+            _copies=copies,
         )
 
 

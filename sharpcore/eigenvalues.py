@@ -1,0 +1,164 @@
+"""The numbers of a spectrum, of B states at once: from the whole matrix, or by Krylov methods and probes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharpcore.curvature import Curvature
+from sharpcore.errors import InvalidInput
+from sharpcore.krylov.operator import BatchedOperator, as_batched
+
+METHODS = ("auto", "dense", "lanczos")
+# The most entries of a state whose matrix is made: float64 matrices of it take 128 MiB a sample.
+MOST_DENSE = 4096
+# Up to here the whole matrix takes fewer products than block Lanczos and the probes together.
+AUTO_DENSE = 1024
+# Vectors multiplied at once for all samples together.
+_VECTORS = 64
+# Points of the density's grid, and the standard deviation of its smoothing in widths of the spectrum.
+GRID = 256
+_SMOOTHING = 1 / 100
+_MARGIN = 4 * _SMOOTHING
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What is computed of each state, and how; see `sharpcore.spectrum.spectrum`."""
+
+    k: int
+    method: str
+    condition: str
+    block: int
+    tolerance: float | None
+    max_products: int | None
+    probes: int
+    keep_eigenvalues: bool
+
+    def method_for(self, dimension: int) -> str:
+        """ "dense" or "lanczos" for states of so many entries. Raises InvalidInput for too many."""
+        if self.method == "dense" and dimension > MOST_DENSE:
+            raise InvalidInput(
+                f"method: expected 'auto' or 'lanczos' for {dimension} entries: 'dense' is for at most "
+                f"{MOST_DENSE}"
+            )
+        if self.k > dimension:
+            raise InvalidInput(f"k: expected at most the {dimension} entries of a state; got {self.k}")
+        if self.method == "auto":
+            return "dense" if dimension <= AUTO_DENSE else "lanczos"
+        return self.method
+
+
+def compute(curvature: Curvature, how: Numbers, check_time: Callable[[], None]) -> list[dict[str, Any]]:
+    """The columns of `SpectrumTable` that are numbers, one dictionary a sample.
+
+    `check_time` is called between products and may raise. Raises NonFiniteError where a product is not
+    finite.
+    """
+    operator = curvature.operator(how.condition)
+    dimension = curvature.x[0].numel()
+    method = how.method_for(dimension)
+    rows = (_dense if method == "dense" else _lanczos)(operator, curvature, how, check_time)
+    score = curvature.unconditional_score if how.condition == "none" else curvature.score
+    if how.condition == "difference":
+        score = score - curvature.unconditional_score
+    norms = score.double().flatten(1).norm(dim=1).tolist()
+    for row, norm in zip(rows, norms, strict=True):
+        row |= {"method": method, "dimension": dimension, "score_norm": norm}
+        if how.condition != "difference":
+            # Of a difference of scores neither is a dimension.
+            variance = curvature.sigma**2
+            row["flipd"] = dimension + variance * (row["trace"] + norm**2)
+            row["flipd_se"] = variance * row["trace_se"]
+    return rows
+
+
+def _dense(
+    operator: Any, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
+) -> list[dict[str, Any]]:
+    batched = as_batched(operator.jacobian, batched=True)
+    jacobians = matrices(batched, check_time)
+    branches = 2 if how.condition == "difference" else 1
+    rows = []
+    for jacobian in jacobians:
+        symmetric = (jacobian + jacobian.mT) / 2
+        values, vectors = torch.linalg.eigh(symmetric)
+        residuals = (symmetric @ vectors - vectors * values).norm(dim=0)
+        frobenius, skew = float(jacobian.norm()), float((jacobian - jacobian.mT).norm())
+        positive = values[values >= 0]
+        grid = _grid(float(values[0]), float(values[-1]))
+        row = {
+            "result": "exact",
+            "products": batched.products * branches,
+            **_extremes(values[: how.k], values[-how.k :], residuals[: how.k], residuals[-how.k :]),
+            "nonnegative": float(len(positive)),
+            "nonnegative_fraction": len(positive) / len(values),
+            "nonnegative_mass": float(positive.sum()),
+            "trace": float(jacobian.diagonal().sum()),
+            "frobenius": frobenius,
+            "asymmetry": skew / frobenius if frobenius > 0 else 0.0,
+            "density_grid": grid.tolist(),
+            "density": _smoothed(values, grid).tolist(),
+            "density_se": [0.0] * len(grid),
+        }
+        exact = ("nonnegative", "nonnegative_fraction", "nonnegative_mass", "trace", "frobenius", "asymmetry")
+        row |= {f"{name}_se": 0.0 for name in exact}
+        if how.keep_eigenvalues:
+            row["eigenvalues"] = values.tolist()
+        rows.append(row)
+    return rows
+
+
+def _lanczos(
+    operator: Any, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
+) -> list[dict[str, Any]]:
+    raise InvalidInput("method")
+
+
+def matrices(operator: BatchedOperator, check_time: Callable[[], None] = lambda: None) -> Tensor:
+    """The whole matrices of B operators, [B, d, d] float64, by products with the d unit vectors.
+
+    Column j of matrix i is operator i times unit vector j.
+    """
+    samples, dimension = operator.samples, operator.dimension
+    found = torch.empty(samples, dimension, dimension, dtype=torch.float64, device=operator.device)
+    count = max(1, _VECTORS // samples)
+    for first in range(0, dimension, count):
+        check_time()
+        rows = torch.arange(first, min(first + count, dimension), device=operator.device)
+        block = torch.zeros(len(rows), samples, dimension, dtype=operator.dtype, device=operator.device)
+        block[torch.arange(len(rows)), :, rows] = 1
+        found[:, :, rows] = operator.multiply(block).double().permute(1, 2, 0)
+    return found
+
+
+def _extremes(
+    smallest: Tensor, largest: Tensor, smallest_residuals: Tensor, largest_residuals: Tensor
+) -> dict[str, Any]:
+    """Columns of the two ends, the outermost first, given ascending."""
+    return {
+        "smallest_eigenvalue": float(smallest[0]),
+        "largest_eigenvalue": float(largest[-1]),
+        "smallest": smallest.tolist(),
+        "smallest_residuals": smallest_residuals.tolist(),
+        "largest": largest.flip(0).tolist(),
+        "largest_residuals": largest_residuals.flip(0).tolist(),
+    }
+
+
+def _grid(low: float, high: float) -> Tensor:
+    """Where the density is given: the spectrum and a margin in which its smoothing fades."""
+    width = (high - low) or abs(high) or 1.0
+    return torch.linspace(low - _MARGIN * width, high + _MARGIN * width, GRID, dtype=torch.float64)
+
+
+def _smoothed(values: Tensor, grid: Tensor) -> Tensor:
+    """The eigenvalues' density on the grid, smoothed with a Gaussian; it integrates to one."""
+    sigma = _SMOOTHING * float(grid[-1] - grid[0]) / (1 + 2 * _MARGIN)
+    exponent = -0.5 * ((grid[:, None] - values[None, :].to(grid.device)) / sigma).square()
+    return exponent.exp().mean(1) / (sigma * math.sqrt(2 * math.pi))
