@@ -85,7 +85,7 @@ class Curvature:
         "score", or "eps": then score and operators are those of the predicted noise, -sigma times as large.
     """
 
-    x: Tensor
+    x: Tensor = field(repr=False)
     step: int | None
     timestep: float
     alpha: float

@@ -67,7 +67,7 @@ def plot_steps(
 
     One line per prompt and seed, coloured as in `plot_densities`; returns, saves and raises as that.
     """
-    rows, _ = _with(table, "largest_eigenvalue")
+    rows, steps = _with(table, "largest_eigenvalue")
     style = _styles(table, rows, label_column)
     panels = {
         "largest_eigenvalue": "largest eigenvalue",
@@ -99,8 +99,10 @@ def plot_steps(
             axes.set_ylim(bottom=-0.05)
         else:
             axes.set_yscale("symlog", linthresh=0.1)
-            axes.axhline(0, color="0.25", linewidth=0.9, linestyle="--")
-        axes.set(title=title, xlabel="step")
+            values = [row[column] for row in rows]
+            if min(values) < 0 < max(values):
+                axes.axhline(0, color="0.25", linewidth=0.9, linestyle="--")
+        axes.set(title=title, xlabel="step", xticks=steps)
     grid[0][0].legend(fontsize=8, framealpha=0.85, edgecolor="none")
     return _saved(figure, path)
 
