@@ -19,8 +19,8 @@ METHODS = ("auto", "dense", "lanczos")
 MOST_DENSE = 4096
 # Up to here the whole matrix takes fewer products than block Lanczos and the probes together.
 AUTO_DENSE = 1024
-# Vectors multiplied at once for all samples together.
-_VECTORS = 64
+# Vectors multiplied at once for all samples together where the whole matrix is made.
+DENSE_VECTORS = 32
 # Points of the density's grid, and the standard deviation of its smoothing in widths of the spectrum.
 GRID = 256
 _SMOOTHING = 1 / 100
@@ -127,7 +127,7 @@ def matrices(operator: BatchedOperator, check_time: Callable[[], None] = lambda:
     """
     samples, dimension = operator.samples, operator.dimension
     found = torch.empty(samples, dimension, dimension, dtype=torch.float64, device=operator.device)
-    count = max(1, _VECTORS // samples)
+    count = max(1, DENSE_VECTORS // samples)
     for first in range(0, dimension, count):
         check_time()
         rows = torch.arange(first, min(first + count, dimension), device=operator.device)
