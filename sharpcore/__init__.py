@@ -21,8 +21,8 @@ _EXPORTS = {
     "Curvature": "sharpcore.curvature",
     "curvature_at": "sharpcore.curvature",
     "curvature_along": "sharpcore.curvature",
-    "spectrum": "sharpcore.spectrum",
-    "SpectrumTable": "sharpcore.spectrum",
+    "spectrum": "sharpcore.spectra",
+    "SpectrumTable": "sharpcore.spectra",
     "PosteriorCovariance": "sharpcore.posterior",
     "posterior_modes": "sharpcore.posterior",
 }
@@ -60,8 +60,8 @@ if TYPE_CHECKING:
     from sharpcore.posterior import PosteriorCovariance as PosteriorCovariance
     from sharpcore.posterior import posterior_modes as posterior_modes
     from sharpcore.score import ScoreFunction as ScoreFunction
-    from sharpcore.spectrum import SpectrumTable as SpectrumTable
-    from sharpcore.spectrum import spectrum as spectrum
+    from sharpcore.spectra import SpectrumTable as SpectrumTable
+    from sharpcore.spectra import spectrum as spectrum
     from sharpcore.table import ScoreTable as ScoreTable
 
 

@@ -92,7 +92,7 @@ def spectrum(
 def _write(prompts: Sequence[PromptRow], output: Path, options: SpectrumOptions) -> None:
     from sharpcore.conditioning import check_pipeline, latent_shape
     from sharpcore.score import schedule
-    from sharpcore.spectrum import SpectrumTable, iterate_spectra
+    from sharpcore.spectra import SpectrumTable, iterate_spectra
 
     check_output(output, resume=options.resume, overwrite=options.overwrite)
     seeds, steps = seed_list(options.seeds), integers("--steps", options.steps)
@@ -138,7 +138,7 @@ def _write(prompts: Sequence[PromptRow], output: Path, options: SpectrumOptions)
 
 def _plot(output: Path, folder: Path, label_column: str) -> None:
     from sharpcore.report.spectra import plot_densities, plot_groups, plot_steps
-    from sharpcore.spectrum import SpectrumTable
+    from sharpcore.spectra import SpectrumTable
 
     table = SpectrumTable.read(output)
     if all(row["error"] is not None for row in table):

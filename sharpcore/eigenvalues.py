@@ -29,7 +29,7 @@ _MARGIN = 4 * _SMOOTHING
 
 @dataclass(frozen=True)
 class Numbers:
-    """What is computed of each state, and how; see `sharpcore.spectrum.spectrum`."""
+    """What is computed of each state, and how; see `sharpcore.spectrum`."""
 
     k: int
     method: str

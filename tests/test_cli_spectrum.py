@@ -10,7 +10,7 @@ from diffusers import DDIMScheduler
 from typer.testing import CliRunner
 
 from sharpcore import cli, cli_spectrum
-from sharpcore.spectrum import SpectrumTable, spectrum
+from sharpcore.spectra import SpectrumTable, spectrum
 
 
 def run(*arguments, stdin=None):
@@ -51,7 +51,7 @@ def fake(monkeypatch):
         text_encoder=object(),
         encode_prompt=print,
     )
-    monkeypatch.setattr("sharpcore.spectrum.iterate_spectra", iterate)
+    monkeypatch.setattr("sharpcore.spectra.iterate_spectra", iterate)
     monkeypatch.setattr(cli_spectrum, "load_pipeline", lambda folder, options: pipe)
     return state
 

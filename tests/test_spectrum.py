@@ -15,7 +15,7 @@ from sharpcore.eigenvalues import matrices
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.krylov.operator import as_batched
 from sharpcore.report.spectra import plot_densities, plot_groups, plot_steps
-from sharpcore.spectrum import SpectrumTable, iterate_spectra
+from sharpcore.spectra import SpectrumTable, iterate_spectra
 
 SPECTRA = np.load(Path(__file__).parent / "data" / "tiny-sd-eps" / "spectra.npz")
 PROMPTS = ["a bold one", "a thin two", "a thin nine"]
