@@ -16,6 +16,7 @@
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
+#include "sharpcore/philox.h"
 #include "sharpcore/residual_add.h"
 #include "sharpcore/upsample_nearest_tangent.h"
 
@@ -243,6 +244,21 @@ sharpcore::AttentionAdjointArguments attention_adjoint_arguments(
             threads};
 }
 
+sharpcore::PhiloxArguments philox_arguments(Address out, Address sample_ids, int dtype, int kind, std::uint64_t seed,
+                                            std::int64_t first, std::int64_t count, std::int64_t samples,
+                                            std::int64_t dimension, int threads) {
+    return {pointer(out),
+            static_cast<const std::int64_t*>(pointer(sample_ids)),
+            static_cast<sharpcore::Dtype>(dtype),
+            static_cast<sharpcore::ProbeKind>(kind),
+            seed,
+            first,
+            count,
+            samples,
+            dimension,
+            threads};
+}
+
 // Defines a function of the module that packs its arguments with `pack` and runs `kernel` without the GIL.
 template <class Arguments, class... Parameters, class... Names>
 void define_kernel(py::module_& module, const char* name, void (*kernel)(const Arguments&),
@@ -357,4 +373,10 @@ PYBIND11_MODULE(_C, module) {
     define_upsample("upsample_nearest_adjoint", [](const sharpcore::UpsampleNearestArguments& arguments) {
         SHARPCORE_CALL_KERNEL(upsample_nearest_adjoint, arguments);
     });
+    define_kernel(
+        module, "philox_probes",
+        static_cast<void (*)(const sharpcore::PhiloxArguments&)>(
+            [](const sharpcore::PhiloxArguments& arguments) { SHARPCORE_CALL_KERNEL(philox_probes, arguments); }),
+        philox_arguments, "out", "sample_ids", "dtype", "kind", "seed", "first", "count", "samples", "dimension",
+        "threads");
 }
