@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharpcore.curvature import Curvature
 from sharpcore.errors import InvalidInput
+from sharpcore.krylov.block_lanczos import block_lanczos
 from sharpcore.krylov.operator import BatchedOperator, as_batched
 
 METHODS = ("auto", "dense", "lanczos")
@@ -117,7 +118,34 @@ def _dense(
 def _lanczos(
     operator: Any, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
 ) -> list[dict[str, Any]]:
-    raise InvalidInput("method")
+    samples = len(curvature.prompts)
+    # A state's probes depend on its seed alone, so that its numbers do not depend on the batch, and states of
+    # different prompts at one seed have common ones.
+    ids = curvature.seeds or tuple(range(samples))
+    ends = block_lanczos(
+        operator,
+        how.k,
+        "both",
+        block=how.block,
+        tolerance=how.tolerance,
+        max_products=how.max_products,
+        vectors=False,
+        sample_ids=ids,
+        batched=True,
+        progress=lambda _: check_time(),
+    )
+    rows = []
+    for i in range(samples):
+        found = torch.isfinite(ends.values[i])
+        values, residuals = ends.values[i][found], ends.residuals[i][found]
+        k = min(how.k, len(values))
+        rows.append(
+            {
+                "result": ends.results[i].name,
+                **_extremes(values[:k], values[-k:], residuals[:k], residuals[-k:]),
+            }
+        )
+    return rows
 
 
 def matrices(operator: BatchedOperator, check_time: Callable[[], None] = lambda: None) -> Tensor:
