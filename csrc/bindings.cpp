@@ -14,6 +14,7 @@
 #include "sharpcore/geglu_tangent.h"
 #include "sharpcore/group_norm_silu_forward.h"
 #include "sharpcore/group_norm_silu_tangent.h"
+#include "sharpcore/grow_basis.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
 #include "sharpcore/philox.h"
@@ -259,6 +260,31 @@ sharpcore::PhiloxArguments philox_arguments(Address out, Address sample_ids, int
             threads};
 }
 
+sharpcore::GrowBasisArguments grow_basis_arguments(Address basis, Address sizes, Address block, Strides block_strides,
+                                                   Address floor, Address coefficients, Address triangle,
+                                                   Address dropped, Address ranks, int dtype, std::int64_t count,
+                                                   std::int64_t batch, std::int64_t rows, std::int64_t size,
+                                                   std::int64_t limit, int threads) {
+    const auto doubles = [](Address address) { return static_cast<double*>(pointer(address)); };
+    return {doubles(basis),
+            static_cast<const std::int64_t*>(pointer(sizes)),
+            pointer(block),
+            block_strides.first,
+            block_strides.second,
+            doubles(floor),
+            doubles(coefficients),
+            doubles(triangle),
+            doubles(dropped),
+            static_cast<std::int64_t*>(pointer(ranks)),
+            static_cast<sharpcore::Dtype>(dtype),
+            count,
+            batch,
+            rows,
+            size,
+            limit,
+            threads};
+}
+
 // Defines a function of the module that packs its arguments with `pack` and runs `kernel` without the GIL.
 template <class Arguments, class... Parameters, class... Names>
 void define_kernel(py::module_& module, const char* name, void (*kernel)(const Arguments&),
@@ -379,4 +405,10 @@ PYBIND11_MODULE(_C, module) {
             [](const sharpcore::PhiloxArguments& arguments) { SHARPCORE_CALL_KERNEL(philox_probes, arguments); }),
         philox_arguments, "out", "sample_ids", "dtype", "kind", "seed", "first", "count", "samples", "dimension",
         "threads");
+    define_kernel(
+        module, "grow_basis",
+        static_cast<void (*)(const sharpcore::GrowBasisArguments&)>(
+            [](const sharpcore::GrowBasisArguments& arguments) { SHARPCORE_CALL_KERNEL(grow_basis, arguments); }),
+        grow_basis_arguments, "basis", "sizes", "block", "block_strides", "floor", "coefficients", "triangle",
+        "dropped", "ranks", "dtype", "count", "batch", "rows", "size", "limit", "threads");
 }

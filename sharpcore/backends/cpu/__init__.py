@@ -13,6 +13,7 @@ from sharpcore.backends.cpu.attention_tangent import (
 from sharpcore.backends.cpu.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
 from sharpcore.backends.cpu.group_norm_silu_forward import group_norm_silu_forward
 from sharpcore.backends.cpu.group_norm_silu_tangent import group_norm_silu_adjoint, group_norm_silu_tangent
+from sharpcore.backends.cpu.grow_basis import grow_basis
 from sharpcore.backends.cpu.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.cpu.layout import DTYPES
 from sharpcore.backends.cpu.native import extension, why_missing
@@ -40,6 +41,7 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         geglu_adjoint,
         geglu_forward,
         residual_add,
+        grow_basis,
         upsample_nearest_tangent,
         upsample_nearest_adjoint,
         philox_probes,
