@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,8 @@ from sharpcore.curvature import Curvature
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.block_lanczos import block_lanczos
 from sharpcore.krylov.operator import BatchedOperator, as_batched
+from sharpcore.krylov.probes import probes
+from sharpcore.operators import CurvatureOperator
 
 METHODS = ("auto", "dense", "lanczos")
 # The most entries of a state whose matrix is made: float64 matrices of it take 128 MiB a sample.
@@ -22,6 +24,8 @@ MOST_DENSE = 4096
 AUTO_DENSE = 1024
 # Vectors multiplied at once for all samples together where the whole matrix is made.
 DENSE_VECTORS = 32
+# Of the random probes; latents have seeds of their own, which number the streams.
+_SEED = 0
 # Points of the density's grid, and the standard deviation of its smoothing in widths of the spectrum.
 GRID = 256
 _SMOOTHING = 1 / 100
@@ -130,10 +134,14 @@ def _lanczos(
         tolerance=how.tolerance,
         max_products=how.max_products,
         vectors=False,
+        seed=_SEED,
         sample_ids=ids,
         batched=True,
         progress=lambda _: check_time(),
     )
+    norms, products = _norms(operator.jacobian, how, ids, check_time)
+    branches = 2 if how.condition == "difference" else 1
+    products = branches * (products + 2 * ends.stats.products)
     rows = []
     for i in range(samples):
         found = torch.isfinite(ends.values[i])
@@ -142,10 +150,53 @@ def _lanczos(
         rows.append(
             {
                 "result": ends.results[i].name,
+                "products": products,
+                **{name: float(value[i]) for name, value in norms.items()},
                 **_extremes(values[:k], values[-k:], residuals[:k], residuals[-k:]),
             }
         )
     return rows
+
+
+def _norms(
+    operator: CurvatureOperator, how: Numbers, ids: Sequence[int], check_time: Callable[[], None]
+) -> tuple[dict[str, Tensor], int]:
+    """Trace, Frobenius norm and asymmetry of B Jacobians from the same random signs z, with standard errors
+    [B], and how many products that took for each sample.
+
+    E z^T J z = tr J, E ||J z||^2 = ||J||^2 and E ||(J - J^T) z||^2 = ||J - J^T||^2.
+    """
+    jacobian = as_batched(operator, batched=True)
+    parts = []
+    for first in range(0, how.probes, how.block):
+        check_time()
+        count = min(how.block, how.probes - first)
+        z = probes(
+            "rademacher",
+            _SEED,
+            samples=ids,
+            first=first,
+            count=count,
+            dimension=jacobian.dimension,
+            device=jacobian.device,
+        )
+        forward, backward = jacobian.multiply(z).double(), jacobian.multiply_transposed(z).double()
+        squares = (forward.square().sum(2), (forward - backward).square().sum(2))
+        parts.append(torch.stack([(z * forward).sum(2), *squares]))
+    trace, square, skew = torch.cat(parts, 1).cpu()  # each [probes, B]
+    n = how.probes
+    frobenius = square.mean(0).sqrt()
+    ratio = (skew.mean(0) / square.mean(0).clamp_min(1e-300)).sqrt()
+    # Delta method for the square root of a mean, and for that of a ratio of means.
+    spread = (skew - ratio.square() * square).std(0) / square.mean(0).clamp_min(1e-300)
+    return {
+        "trace": trace.mean(0),
+        "trace_se": trace.std(0) / n**0.5,
+        "frobenius": frobenius,
+        "frobenius_se": square.std(0) / n**0.5 / (2 * frobenius).clamp_min(1e-300),
+        "asymmetry": ratio,
+        "asymmetry_se": spread / n**0.5 / (2 * ratio).clamp_min(1e-300),
+    }, jacobian.products
 
 
 def matrices(operator: BatchedOperator, check_time: Callable[[], None] = lambda: None) -> Tensor:
