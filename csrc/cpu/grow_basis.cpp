@@ -212,7 +212,8 @@ double sum_of_squares(const double* vector, Index size) {
 
 // What is done to a chunk of some vectors, with some rows of the basis: each step where it is asked for.
 struct Sweep {
-    Rows<double> vectors;
+    double* vectors;  // the chunks of the first, `chunk_stride` apart; those of others lie kChunk behind each other
+    Index chunk_stride;
     Index columns;
     Read basis;
     Index count, size;
@@ -220,7 +221,7 @@ struct Sweep {
     Index block_stride;
     Dtype dtype;
     const double* coefficients;  // [count, columns]: what is taken off
-    bool multiply;               // whether the products with the basis are wanted
+    bool norms, multiply;        // whether the norms, and the products with the basis, are wanted
     double* partial;             // [chunks, 1 + count, columns]: squares of the norms, then products
 };
 
@@ -229,11 +230,15 @@ void copy(double* to, const T* from, Index size) {
     for (Index i = 0; i < size; ++i) to[i] = static_cast<double>(from[i]);
 }
 
+void divide(double* to, const double* from, double by, Index size) {
+    for (Index i = 0; i < size; ++i) to[i] = from[i] / by;
+}
+
 void do_chunk(const void* job, Index chunk, int) noexcept {
     const Sweep& sweep = *static_cast<const Sweep*>(job);
     const Index begin = chunk * kChunk;
     const Index size = begin + kChunk < sweep.size ? kChunk : sweep.size - begin;
-    const Rows<double> vectors = sweep.vectors.at(begin);
+    const Rows<double> vectors{sweep.vectors + chunk * sweep.chunk_stride, kChunk};
     const Read basis = sweep.basis.at(begin);
     if (sweep.block != nullptr)
         for (Index c = 0; c < sweep.columns; ++c) {
@@ -245,7 +250,8 @@ void do_chunk(const void* job, Index chunk, int) noexcept {
         }
     if (sweep.coefficients != nullptr) subtract(vectors, sweep.columns, basis, sweep.count, sweep.coefficients, size);
     double* const partial = sweep.partial + chunk * (1 + sweep.count) * sweep.columns;
-    for (Index c = 0; c < sweep.columns; ++c) partial[c] = sum_of_squares(vectors.row(c), size);
+    if (sweep.norms)
+        for (Index c = 0; c < sweep.columns; ++c) partial[c] = sum_of_squares(vectors.row(c), size);
     if (sweep.multiply)
         multiply(partial + sweep.columns, basis, sweep.count, {vectors.data, vectors.stride}, sweep.columns, size);
 }
@@ -255,7 +261,7 @@ constexpr Index kParallelWork = Index{1} << 18;
 
 // The memory that one problem takes.
 struct Memory {
-    double* vectors;   // [count, stride]
+    double* vectors;   // [chunks, count, kChunk]
     double* partial;   // [chunks, 1 + limit, count]
     double* products;  // [1 + limit, count]
     double* before;    // [count], as those below
@@ -292,12 +298,11 @@ private:
         for (Index k = 0; k < count; ++k) numbers[k] = 0;
     }
 
-    Index stride() const { return (a_.size + kWidth - 1) / kWidth * kWidth; }
-
     // A sweep of `columns` vectors from `first` on with `count` rows of the basis from `row` on.
     Sweep sweep(Index first, Index columns, Index row, Index count) const {
         Sweep s{};
-        s.vectors = {memory_.vectors + first * stride(), stride()};
+        s.vectors = memory_.vectors + first * kChunk;
+        s.chunk_stride = a_.count * kChunk;
         s.columns = columns;
         s.basis = {basis_ + row * a_.size, a_.size};
         s.count = count;
@@ -306,18 +311,21 @@ private:
         return s;
     }
 
-    // Makes a sweep and adds up what its chunks gave: squares of the norms, then products.
-    void run(const Sweep& s) const {
-        const Index chunks = (s.size + kChunk - 1) / kChunk, results = (s.multiply ? 1 + s.count : 1) * s.columns;
+    // Makes a sweep and adds up what its chunks gave: squares of the norms, then products. It begins where the last
+    // one ended, with what is in the cache.
+    void run(const Sweep& s) {
+        const Index chunks = (s.size + kChunk - 1) / kChunk;
+        const Index first = s.norms ? 0 : s.columns, last = (s.multiply ? 1 + s.count : 1) * s.columns;
         const Index work = s.columns * s.size * s.count * ((s.multiply ? 1 : 0) + (s.coefficients != nullptr ? 1 : 0));
         if (threads_ > 1 && work >= kParallelWork)
             parallel_for(chunks, threads_, do_chunk, &s);
         else
-            for (Index chunk = 0; chunk < chunks; ++chunk) do_chunk(&s, chunk, 0);
-        fill(memory_.products, results);
+            for (Index k = 0; k < chunks; ++k) do_chunk(&s, backwards_ ? chunks - 1 - k : k, 0);
+        backwards_ = !backwards_;
+        fill(memory_.products + first, last - first);
         for (Index chunk = 0; chunk < chunks; ++chunk) {
             const double* const partial = s.partial + chunk * (1 + s.count) * s.columns;
-            for (Index k = 0; k < results; ++k) memory_.products[k] += partial[k];
+            for (Index k = first; k < last; ++k) memory_.products[k] += partial[k];
         }
     }
 
@@ -331,6 +339,7 @@ private:
         s.block = static_cast<const char*>(a_.block) + i_ * a_.block_batch_stride * element;
         s.block_stride = a_.block_count_stride;
         s.dtype = a_.dtype;
+        s.norms = true;
         s.multiply = n_ > 0;
         run(s);
         take_norms(memory_.norms);
@@ -349,20 +358,23 @@ private:
         }
     }
 
-    // One pass of column j over the `count` rows of the basis from `row` on; what is left of its norm.
-    double pass(Index j, Index row, Index count) {
+    // Passes of column j over the `count` rows of the basis from `row` on; what is left of its norm.
+    double passes(Index j, Index row, Index count, int times) {
         Sweep s = sweep(j, 1, row, count);
         s.multiply = true;
         run(s);
         const double* const products = memory_.products + 1;
-        for (Index m = 0; m < count; ++m) {
-            double& coefficient =
-                row + m < n_ ? coefficients_[(row + m) * a_.count + j] : triangle_[(row + m - n_) * a_.count + j];
-            coefficient += products[m];
-        }
         s.coefficients = products;
-        s.multiply = false;
-        run(s);
+        for (; times > 0; --times) {
+            for (Index m = 0; m < count; ++m) {
+                double& coefficient =
+                    row + m < n_ ? coefficients_[(row + m) * a_.count + j] : triangle_[(row + m - n_) * a_.count + j];
+                coefficient += products[m];
+            }
+            s.multiply = times > 1;
+            s.norms = times == 1;
+            run(s);
+        }
         return __builtin_sqrt(memory_.products[0]);
     }
 
@@ -370,23 +382,23 @@ private:
         // A column that the second pass shortened, or that the new rows shorten, goes through whole passes again.
         double norm = memory_.norms[j], left = norm;
         bool again = norm < kKept * memory_.before[j];
-        if (rank_ > 0)
-            for (int twice = 0; twice < 2; ++twice) left = pass(j, n_, rank_);
+        if (rank_ > 0) left = passes(j, n_, rank_, 2);
         // Written so that NaN decides as it does in the reference.
         const double least = memory_.tolerance[j] > a_.floor[i_] ? memory_.tolerance[j] : a_.floor[i_];
         for (int k = 0; k < kMostPasses; ++k) {
             if (left <= least || !(again || left < kKept * norm)) break;
             again = false;
             norm = left;
-            left = pass(j, 0, n_ + rank_);
+            left = passes(j, 0, n_ + rank_, 1);
         }
         if (left <= least || n_ + rank_ >= a_.limit) {
             dropped_[j] = left;
             return;
         }
-        const double* const from = memory_.vectors + j * stride();
-        double* const to = basis_ + (n_ + rank_) * a_.size;
-        for (Index k = 0; k < a_.size; ++k) to[k] = from[k] / left;
+        double* const row = basis_ + (n_ + rank_) * a_.size;
+        for (Index begin = 0; begin < a_.size; begin += kChunk)
+            divide(row + begin, memory_.vectors + begin * a_.count + j * kChunk, left,
+                   begin + kChunk < a_.size ? kChunk : a_.size - begin);
         triangle_[rank_ * a_.count + j] = left;
         ++rank_;
     }
@@ -397,6 +409,7 @@ private:
     const Index i_, n_;
     double *const basis_, *const coefficients_, *const triangle_, *const dropped_;
     Index rank_ = 0;
+    bool backwards_ = false;
 };
 
 // The sizes of a problem's memory, in numbers.
@@ -421,8 +434,8 @@ void do_problem(const void* job, Index i, int slot) noexcept {
 }  // namespace
 
 void grow_basis(const Arguments& a) {
-    const Index stride = (a.size + kWidth - 1) / kWidth * kWidth, chunks = (a.size + kChunk - 1) / kChunk;
-    const Index vectors = a.count * stride, products = (1 + a.limit) * a.count, partial = chunks * products;
+    const Index chunks = (a.size + kChunk - 1) / kChunk;
+    const Index vectors = chunks * a.count * kChunk, products = (1 + a.limit) * a.count, partial = chunks * products;
     const Index needed = vectors + partial + products + 3 * a.count;
     // Threads share the work of one problem where there are too few of them, and they are large.
     const bool together = 2 * a.batch <= a.threads && a.limit * a.count * a.size >= kParallelWork;
