@@ -17,6 +17,7 @@
 #include "sharpcore/grow_basis.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
+#include "sharpcore/philox.h"
 #include "sharpcore/residual_add.h"
 #include "sharpcore/upsample_nearest_tangent.h"
 
@@ -244,6 +245,21 @@ sharpcore::AttentionAdjointArguments attention_adjoint_arguments(
             threads};
 }
 
+sharpcore::PhiloxArguments philox_arguments(Address out, Address sample_ids, int dtype, int kind, std::uint64_t seed,
+                                            std::int64_t first, std::int64_t count, std::int64_t samples,
+                                            std::int64_t dimension, int threads) {
+    return {pointer(out),
+            static_cast<const std::int64_t*>(pointer(sample_ids)),
+            static_cast<sharpcore::Dtype>(dtype),
+            static_cast<sharpcore::ProbeKind>(kind),
+            seed,
+            first,
+            count,
+            samples,
+            dimension,
+            threads};
+}
+
 sharpcore::GrowBasisArguments grow_basis_arguments(Address basis, Address sizes, Address block, Strides block_strides,
                                                    Address floor, Address coefficients, Address triangle,
                                                    Address dropped, Address ranks, int dtype, std::int64_t count,
@@ -383,6 +399,12 @@ PYBIND11_MODULE(_C, module) {
     define_upsample("upsample_nearest_adjoint", [](const sharpcore::UpsampleNearestArguments& arguments) {
         SHARPCORE_CALL_KERNEL(upsample_nearest_adjoint, arguments);
     });
+    define_kernel(
+        module, "philox_probes",
+        static_cast<void (*)(const sharpcore::PhiloxArguments&)>(
+            [](const sharpcore::PhiloxArguments& arguments) { SHARPCORE_CALL_KERNEL(philox_probes, arguments); }),
+        philox_arguments, "out", "sample_ids", "dtype", "kind", "seed", "first", "count", "samples", "dimension",
+        "threads");
     define_kernel(
         module, "grow_basis",
         static_cast<void (*)(const sharpcore::GrowBasisArguments&)>(

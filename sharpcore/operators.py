@@ -51,6 +51,11 @@ class CurvatureOperator:
         return self._template.device
 
     @property
+    def rounding(self) -> float:
+        """The relative rounding of a product: that of the dtype, or of a lower precision of the products."""
+        return torch.finfo(self.dtype).eps
+
+    @property
     def T(self) -> CurvatureOperator:
         """The transposed operator."""
         return _Transposed(self)
@@ -152,6 +157,10 @@ class _Transposed(CurvatureOperator):
         self._template = operator._template
 
     @property
+    def rounding(self) -> float:
+        return self._operator.rounding
+
+    @property
     def T(self) -> CurvatureOperator:
         return self._operator
 
@@ -187,6 +196,11 @@ class ScoreJacobian(CurvatureOperator):
     def _template(self) -> Tensor:  # type: ignore[override]
         return self.linearization.x
 
+    @property
+    def rounding(self) -> float:
+        low = self.linearization.precision == "bfloat16"
+        return torch.finfo(torch.bfloat16 if low else self.dtype).eps
+
     def _multiply(self, vectors: Tensor) -> Tensor:
         return self.linearization.jvp(vectors)
 
@@ -219,6 +233,10 @@ class Hessian(_Symmetric):
     def _template(self) -> Tensor:  # type: ignore[override]
         return self.jacobian._template
 
+    @property
+    def rounding(self) -> float:
+        return self.jacobian.rounding
+
     def _multiply(self, vectors: Tensor) -> Tensor:
         return (self.jacobian._multiply(vectors) + self.jacobian._multiply_transposed(vectors)) / 2
 
@@ -248,6 +266,10 @@ class HessianDifference(_Symmetric):
         return self.conditional._template
 
     @property
+    def rounding(self) -> float:
+        return max(self.conditional.rounding, self.unconditional.rounding)
+
+    @property
     def jacobian(self) -> CurvatureOperator:
         """J(x, prompt) - J(x, no prompt), not symmetrized."""
         return _Difference(self.conditional.jacobian, self.unconditional.jacobian)
@@ -269,6 +291,10 @@ class _Difference(CurvatureOperator):
     @property
     def _template(self) -> Tensor:  # type: ignore[override]
         return self.first._template
+
+    @property
+    def rounding(self) -> float:
+        return max(self.first.rounding, self.second.rounding)
 
     def _multiply(self, vectors: Tensor) -> Tensor:
         return self.first._multiply(vectors) - self.second._multiply(vectors)

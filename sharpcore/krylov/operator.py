@@ -32,12 +32,14 @@ class BatchedOperator:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         sample_shape: tuple[int, ...] | None = None,
+        rounding: float | None = None,
         name: str = "operator",
     ) -> None:
         self._multiply, self._multiply_transposed = multiply, multiply_transposed
         self.samples, self.dimension = samples, dimension
         self.dtype, self.device = dtype, torch.device(device)
         self.sample_shape = (dimension,) if sample_shape is None else tuple(sample_shape)
+        self.rounding = torch.finfo(dtype).eps if rounding is None else rounding
         self.name = name
         self.products = 0
         self.calls = 0
@@ -99,6 +101,7 @@ def as_batched(
             dtype=operator.dtype,
             device=operator.device,
             sample_shape=operator.sample_shape,
+            rounding=operator.rounding,
             name=operator.name,
         )
         if operator.samples < 1 or operator.dimension < 1:
@@ -138,6 +141,7 @@ def _from_curvature(operator: CurvatureOperator, batched: bool | None) -> Batche
         dtype=operator.dtype,
         device=operator.device,
         sample_shape=tuple(shape),
+        rounding=operator.rounding,
         name=type(operator).__name__.removeprefix("_"),
     )
 

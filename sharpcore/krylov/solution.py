@@ -31,7 +31,8 @@ class Stats:
     `products`: vectors multiplied for each sample (transposed products included); `steps`: calls of the
     operator; `restarts`: how often a basis was contracted; `norm` [B]: the largest magnitude of a Ritz value,
     an estimate of ||A||; `asymmetry` [B]: ||T - T^T|| / ||T|| of the projected operator (symmetric solvers);
-    `deflated` [B]: vectors that lay in the basis already; `seconds` in all, `operator_seconds` in products.
+    `deflated` [B]: vectors that lay in the basis already; `breakdowns` [B]: invariant subspaces found;
+    `seconds` in all, `operator_seconds` in products.
     """
 
     products: int
@@ -40,6 +41,7 @@ class Stats:
     norm: Tensor
     asymmetry: Tensor
     deflated: Tensor
+    breakdowns: Tensor
     seconds: float
     operator_seconds: float
 

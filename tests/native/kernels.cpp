@@ -22,6 +22,7 @@
 #include "sharpcore/group_norm_silu_tangent.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
+#include "sharpcore/philox.h"
 #include "sharpcore/residual_add.h"
 #include "sharpcore/upsample_nearest_tangent.h"
 
@@ -328,6 +329,33 @@ void add_upsample(std::vector<Case>& cases, Index channels, Index height, Index 
     }
 }
 
+template <class T>
+void add_philox(std::vector<Case>& cases, Index dimension) {
+    using sharpcore::ProbeKind;
+    const auto ids = std::make_shared<std::vector<Index>>(std::vector<Index>{0, Index{1} << 40});
+    for (Index count : kCounts) {
+        for (ProbeKind kind : {ProbeKind::rademacher, ProbeKind::normal, ProbeKind::sphere})
+            cases.push_back({"philox", [=](int threads) {
+                                 Output<T> out(count * 2 * dimension);
+                                 sharpcore::PhiloxArguments a{};
+                                 a.out = out.data();
+                                 a.sample_ids = ids->data();
+                                 a.dtype = Number<T>::dtype;
+                                 a.kind = kind;
+                                 a.seed = 42;
+                                 a.first = 3;
+                                 a.count = count;
+                                 a.samples = 2;
+                                 a.dimension = dimension;
+                                 a.threads = threads;
+                                 SHARPCORE_CALL_KERNEL(philox_probes, a);
+                                 std::vector<char> bytes;
+                                 out.append_to(bytes);
+                                 return bytes;
+                             }});
+    }
+}
+
 struct AttentionSizes {
     Index heads, rows, keys, width, value_width;
 };
@@ -461,6 +489,7 @@ void add_cases(std::vector<Case>& cases) {
     add_residual_add<T>(cases, 1, 7);
     add_residual_add<T>(cases, 33, 77);
     add_residual_add<T>(cases, 144, 40);
+    for (Index dimension : {1, 33, 129, 2047, 20001}) add_philox<T>(cases, dimension);
     for (bool tanh : {false, true}) {
         add_geglu<T>(cases, 1, 1, tanh);
         add_geglu<T>(cases, 33, 77, tanh);

@@ -17,6 +17,7 @@ from sharpcore.backends.cpu.grow_basis import grow_basis
 from sharpcore.backends.cpu.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.cpu.layout import DTYPES
 from sharpcore.backends.cpu.native import extension, why_missing
+from sharpcore.backends.cpu.philox import philox_probes
 from sharpcore.backends.cpu.residual_add import residual_add
 from sharpcore.backends.cpu.upsample_nearest_tangent import (
     upsample_nearest_adjoint,
@@ -43,5 +44,6 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         grow_basis,
         upsample_nearest_tangent,
         upsample_nearest_adjoint,
+        philox_probes,
     )
 }

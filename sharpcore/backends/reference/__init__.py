@@ -18,6 +18,7 @@ from sharpcore.backends.reference.group_norm_silu_tangent import (
 )
 from sharpcore.backends.reference.grow_basis import grow_basis
 from sharpcore.backends.reference.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
+from sharpcore.backends.reference.philox import philox_probes
 from sharpcore.backends.reference.residual_add import residual_add
 from sharpcore.backends.reference.upsample_nearest_tangent import (
     upsample_nearest_adjoint,
@@ -42,5 +43,6 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         grow_basis,
         upsample_nearest_tangent,
         upsample_nearest_adjoint,
+        philox_probes,
     )
 }
