@@ -28,6 +28,9 @@ constexpr Index kChunk = 256;
 constexpr int kColumns = 4;
 constexpr int kRows = kVectorBytes == 64 ? 4 : 2;
 
+// Rows that are fetched ahead of those being read: pieces of rows are too short for the CPU to foresee.
+constexpr Index kAhead = 8;
+
 // Rows of doubles in memory.
 template <class T>
 struct Rows {
@@ -65,20 +68,21 @@ inline void sum_lanes(double* sums, const Doubles* vectors) {
 template <int rows, int columns>
 inline void multiply_tile(double* sums, Index row_step, Index column_step, Read left, Read right, Index size) {
     Doubles sum[rows * columns] = {};
-    const auto add = [&](auto read) {
+    const auto add = [&](Index i, auto read) {
         Doubles b[columns];
 #pragma GCC unroll 4
-        for (int c = 0; c < columns; ++c) b[c] = read(right.row(c));
+        for (int c = 0; c < columns; ++c) b[c] = read(right.row(c) + i);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-            const Doubles a = read(left.row(r));
+            if constexpr (rows > 1) __builtin_prefetch(left.row(r + kAhead) + i, 0, 2);
+            const Doubles a = read(left.row(r) + i);
 #pragma GCC unroll 4
             for (int c = 0; c < columns; ++c) sum[r * columns + c] += a * b[c];
         }
     };
     Index i = 0;
-    for (; i + kWidth <= size; i += kWidth) add([i](const double* row) { return load(row + i); });
-    if (const Index rest = size - i; rest > 0) add([=](const double* row) { return load_partial(row + i, rest); });
+    for (; i + kWidth <= size; i += kWidth) add(i, [](const double* from) { return load(from); });
+    if (const Index rest = size - i; rest > 0) add(i, [rest](const double* from) { return load_partial(from, rest); });
     double tile[rows * columns];
     sum_lanes<rows * columns>(tile, sum);
     for (int r = 0; r < rows; ++r)
