@@ -128,10 +128,10 @@ void multiply(double* sums, Read left, Index rows, Read right, Index columns, In
 }
 
 // Takes off `columns` vectors the rows of the basis, times [count, columns] coefficients of `step` a row, in `width`
-// vectors that `read` and `write` know of.
+// vectors that `read` and `write` know of; rows `next` further on are fetched.
 template <int columns, int width, class Load, class Store>
 inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const double* coefficients, Index step,
-                          Load read, Store write) {
+                          Load read, Store write, Index next = 0) {
     Doubles left[columns * width];
 #pragma GCC unroll 4
     for (int c = 0; c < columns; ++c)
@@ -139,6 +139,9 @@ inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const d
         for (int i = 0; i < width; ++i) left[c * width + i] = read(vectors.row(c) + i * kWidth);
     for (Index m = 0; m < count; ++m) {
         const double* const row = basis.row(m);
+        if (next != 0)
+#pragma GCC unroll 4
+            for (int i = 0; i < width; ++i) __builtin_prefetch(row + next + i * kWidth, 0, 2);
         Doubles v[width];
 #pragma GCC unroll 4
         for (int i = 0; i < width; ++i) v[i] = read(row + i * kWidth);
@@ -157,12 +160,12 @@ inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const d
 
 template <int columns>
 inline void subtract_columns(Rows<double> vectors, Read basis, Index count, const double* coefficients, Index step,
-                             Index size) {
+                             Index size, Index next) {
     const auto read = [](const double* from) { return load(from); };
     const auto write = [](double* to, Doubles vector) { store(to, vector); };
     Index i = 0;
     for (; i + kRows * kWidth <= size; i += kRows * kWidth)
-        subtract_tile<columns, kRows>(vectors.at(i), basis.at(i), count, coefficients, step, read, write);
+        subtract_tile<columns, kRows>(vectors.at(i), basis.at(i), count, coefficients, step, read, write, next);
     for (; i + kWidth <= size; i += kWidth)
         subtract_tile<columns, 1>(vectors.at(i), basis.at(i), count, coefficients, step, read, write);
     if (const Index rest = size - i; rest > 0)
@@ -172,21 +175,22 @@ inline void subtract_columns(Rows<double> vectors, Read basis, Index count, cons
             [rest](double* to, Doubles vector) { store_partial(to, vector, rest); });
 }
 
-void subtract(Rows<double> vectors, Index columns, Read basis, Index count, const double* coefficients, Index size) {
-    for (Index c = 0; c < columns; c += kColumns) {
+void subtract(Rows<double> vectors, Index columns, Read basis, Index count, const double* coefficients, Index size,
+              Index next) {
+    for (Index c = 0; c < columns; c += kColumns, next = 0) {
         const Rows<double> some = vectors.from(c);
         switch (columns - c) {
             case 1:
-                subtract_columns<1>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<1>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             case 2:
-                subtract_columns<2>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<2>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             case 3:
-                subtract_columns<3>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<3>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             default:
-                subtract_columns<kColumns>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<kColumns>(some, basis, count, coefficients + c, columns, size, next);
         }
     }
 }
@@ -225,6 +229,7 @@ struct Sweep {
     Index block_stride;
     Dtype dtype;
     const double* coefficients;  // [count, columns]: what is taken off
+    Index next;                  // how far away the rows lie that are fetched meanwhile; 0: none are
     bool norms, multiply;        // whether the norms, and the products with the basis, are wanted
     double* partial;             // [chunks, 1 + count, columns]: squares of the norms, then products
 };
@@ -234,8 +239,8 @@ void copy(double* to, const T* from, Index size) {
     for (Index i = 0; i < size; ++i) to[i] = static_cast<double>(from[i]);
 }
 
-void divide(double* to, const double* from, double by, Index size) {
-    for (Index i = 0; i < size; ++i) to[i] = from[i] / by;
+void scale(double* to, const double* from, double by, Index size) {
+    for (Index i = 0; i < size; ++i) to[i] = from[i] * by;
 }
 
 void do_chunk(const void* job, Index chunk, int) noexcept {
@@ -252,7 +257,8 @@ void do_chunk(const void* job, Index chunk, int) noexcept {
             else
                 copy(vectors.row(c), static_cast<const double*>(sweep.block) + from, size);
         }
-    if (sweep.coefficients != nullptr) subtract(vectors, sweep.columns, basis, sweep.count, sweep.coefficients, size);
+    if (sweep.coefficients != nullptr)
+        subtract(vectors, sweep.columns, basis, sweep.count, sweep.coefficients, size, sweep.next);
     double* const partial = sweep.partial + chunk * (1 + sweep.count) * sweep.columns;
     if (sweep.norms)
         for (Index c = 0; c < sweep.columns; ++c) partial[c] = sum_of_squares(vectors.row(c), size);
@@ -357,6 +363,9 @@ private:
         for (const bool again : {true, false}) {
             for (Index k = 0; k < n_ * a_.count; ++k) coefficients_[k] += s.coefficients[k];
             s.multiply = again;
+            // There is time to fetch the basis that this thread will probably see next.
+            const Index ahead = a_.threads > 1 ? a_.threads : 1;
+            if (!again && i_ + ahead < a_.batch) s.next = ahead * a_.rows * a_.size;
             run(s);
             take_norms(again ? memory_.before : memory_.norms);
         }
@@ -399,10 +408,11 @@ private:
             dropped_[j] = left;
             return;
         }
+        // A norm is the root of a number, so its inverse is finite.
         double* const row = basis_ + (n_ + rank_) * a_.size;
         for (Index begin = 0; begin < a_.size; begin += kChunk)
-            divide(row + begin, memory_.vectors + begin * a_.count + j * kChunk, left,
-                   begin + kChunk < a_.size ? kChunk : a_.size - begin);
+            scale(row + begin, memory_.vectors + begin * a_.count + j * kChunk, 1 / left,
+                  begin + kChunk < a_.size ? kChunk : a_.size - begin);
         triangle_[rank_ * a_.count + j] = left;
         ++rank_;
     }
