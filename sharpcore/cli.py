@@ -302,6 +302,10 @@ def _score(prompts: Sequence[PromptRow], output: Path, scoring: Scoring) -> None
         memory_budget=budget,
     )
     with Journal(output, settings, prompts, resume=scoring.resume, overwrite=scoring.overwrite) as journal:
+        if journal.complete:
+            certain = "" if journal.format == "parquet" else f"; a {journal.format} file holds no settings"
+            _say(f"nothing left to do: {output} has all {len(prompts)} prompts{certain}")
+            return
         remaining = [row for row in prompts[journal.finished :] if row.error is None]
         options: dict[str, Any] = {
             name: settings[name] for name in ("steps", "seeds", "metrics", "units", "squared", "latent_size")
