@@ -11,9 +11,8 @@ import torch
 
 from sharpcore import curvature_at, spectrum
 from sharpcore.curvature import Trajectories
-from sharpcore.eigenvalues import matrices
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
-from sharpcore.krylov.operator import as_batched
+from sharpcore.krylov import dense
 from sharpcore.report.spectra import plot_densities, plot_groups, plot_steps
 from sharpcore.spectra import SpectrumTable, iterate_spectra
 
@@ -53,7 +52,7 @@ def test_recorded_spectrum_at_a_recorded_state(fresh_pipe, key):
     fresh_pipe.unet.double()
     x = torch.from_numpy(SPECTRA[f"{key}_x"])
     c = curvature_at(fresh_pipe, str(SPECTRA[f"{key}_prompt"]), x=x, timestep=int(SPECTRA[f"{key}_t"]))
-    (jacobian,) = matrices(as_batched(c.jacobian))
+    (jacobian,) = dense(c.jacobian)
     values = torch.linalg.eigvalsh((jacobian + jacobian.mT) / 2)
     expected = torch.from_numpy(SPECTRA[f"{key}_eig"])
     frobenius = float(SPECTRA[f"{key}_fro"])
