@@ -1,4 +1,4 @@
-"""Spectral density of B symmetric operators by stochastic Lanczos quadrature: curves, counts, traces of functions."""
+"""Spectral density of B symmetric operators by stochastic Lanczos quadrature: curves, counts, tr f(A)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,6 @@ from sharpcore.krylov.solution import Estimate, Solution
 Function = Callable[[Tensor], Tensor]
 
 _GRID = 256
-# Grid points whose kernels are evaluated at once.
-_POINTS = 16
 
 
 class Curve(NamedTuple):
@@ -52,8 +50,8 @@ def spectral_density(
     rule of z^T f(A) z, and probes average to tr f(A). All runs of all samples go in lock-step with full
     re-orthogonalization; a run whose invariant subspace is found ends there (its rule is exact).
 
-    Eigenvalues at the ends that have converged in every run are known, not estimated: with `lock` they are taken
-    out of the rules and counted as often as the runs' eigenvectors are independent (implicit deflation,
+    Eigenvalues at the ends that have converged in every run are known, not estimated: with `lock` they are
+    taken out of the rules and counted as often as the runs' eigenvectors are independent (implicit deflation,
     Bhattacharjee, Jayaram, Musco, Musco and Ray 2024), which removes their part of the variance without a
     product.
 
@@ -74,8 +72,8 @@ def spectral_density(
         A `Density`; probes x steps products for each sample.
 
     Raises:
-        InvalidInput: arguments do not fit; an operator that is not symmetric. NonFiniteError: a product is not
-        finite.
+        InvalidInput: arguments do not fit; an operator that is not symmetric.
+        NonFiniteError: a product is not finite.
     """
     check_count("probes", probes, 2 if kind == "rademacher" else 1, None, "")
     check_count("steps", steps, 1, None, "")
@@ -105,10 +103,11 @@ class Density:
     `nodes` [B, P, m] and `weights` [B, P, m], which sum to d less the multiplicities in every rule. All are
     float64.
 
-    Estimates are numbers of eigenvalues or sums over them, not fractions. Their standard errors hold the variance
-    between random vectors and an estimate of the quadrature's own error. For normal and sphere probes the first
-    is known, 2 d / (d + 2) (tr F^2 - (tr F)^2 / d) / P, and measured by the same rules; for rademacher probes it
-    is the spread of the rules' values, widened as Student's distribution asks.
+    Estimates are numbers of eigenvalues or sums over them, not fractions. Their standard errors hold the
+    variance between random vectors and an estimate of the quadrature's own error. For normal and sphere
+    probes the first is known, 2 d / (d + 2) (tr F^2 - (tr F)^2 / d) / P with F = f(A), and measured by the
+    same rules; for rademacher probes it is the spread of the rules' values, widened as Student's distribution
+    asks.
     """
 
     rules: Rules = field(repr=False)
@@ -172,10 +171,7 @@ class Density:
             raise InvalidInput(f"f: expected a function of a tensor; got {type(f).__name__}")
         rules = self.rules
         nodes, known = self._values(f, rules.nodes), self._values(f, rules.eigenvalues)
-        fine, coarse = self._values(f, rules.nodes), self._values(f, rules.coarse_nodes)
-        quadrature = (
-            ((rules.raw_weights * fine).sum(-1) - (rules.coarse_weights * coarse).sum(-1)).mean(1).abs()
-        )
+        quadrature = self._quadrature_error(nodes, self._values(f, rules.coarse_nodes))
         floor = self._rounded(f, rules.eigenvalues, rules.multiplicities)
         floor = floor + self._rounded(f, rules.nodes, rules.weights).mean(1)
         return self._estimate(nodes, known, torch.hypot(quadrature, floor))
@@ -220,7 +216,9 @@ class Density:
             singular = sizes.amin(1) <= allowed
             if bool(singular.any()):
                 sample = int(singular.nonzero()[0])
-                raise InvalidInput(f"log_det: expected a regular operator; that of sample {sample} is singular")
+                raise InvalidInput(
+                    f"log_det: expected a regular operator; that of sample {sample} is singular"
+                )
             return self.apply(lambda values: values.abs().log())
         shift = _number("shift", shift)
         indefinite = high >= shift - allowed
@@ -233,15 +231,15 @@ class Density:
         return self.apply(lambda values: (shift - values).log())
 
     def effective_dimension(self, scale: float) -> Estimate:
-        """Sum of |l| / (|l| + scale), [B]: how many eigenvalues are large beside `scale` > 0 (MacKay 1992)."""
+        """Sum of |l| / (|l| + scale), [B]: how many eigenvalues are large beside `scale` (MacKay 1992)."""
         scale = _number("scale", scale, positive=True)
         return self.apply(lambda values: values.abs() / (values.abs() + scale))
 
     def smooth_count(self, threshold: float | Tensor, order: float = 4.0) -> Estimate:
-        """Sum of 1 / (1 + (|l| / threshold)^order), [B]: how many eigenvalues are near zero, by Hill's filter.
+        """Sum of 1 / (1 + (|l| / threshold)^order), [B]: how many eigenvalues are near zero (Hill's filter).
 
-        `threshold` > 0, a number or [B], where the filter is 1/2; `order` > 0, its steepness. With threshold c
-        / sigma^2 this is the Local Hessian Spectral Dimension (arXiv 2605.01221, with order 4): `lhsd`.
+        `threshold` > 0, a number or [B], is where the filter is 1/2; `order` > 0 its steepness. With
+        threshold c / sigma^2 this is the local Hessian spectral dimension (arXiv 2605.01221): `lhsd`.
         """
         order = _number("order", order, positive=True)
         limit = self._per_sample("threshold", threshold, positive=True)
@@ -269,11 +267,32 @@ class Density:
         if not isinstance(grid, Tensor) or grid.dim() != 1 or not bool(torch.isfinite(grid).all()):
             raise InvalidInput("grid: expected a finite tensor [G]")
         grid = grid.to(self.nodes.device, torch.float64)
-        estimates = [self.apply(_kernel(point, width)) for point in grid.tolist()]
-        shape = (0, self.nodes.shape[0])
-        values = torch.stack([each.value for each in estimates]) if estimates else grid.new_zeros(shape)
-        errors = torch.stack([each.standard_error for each in estimates]) if estimates else values
+        estimates = [self._at(point, width) for point in grid.tolist()]
+        none = grid.new_zeros(0, self.nodes.shape[0])
+        values = torch.stack([each.value for each in estimates]) if estimates else none
+        errors = torch.stack([each.standard_error for each in estimates]) if estimates else none
         return Curve(grid, values.mT / self.dimension, errors.mT / self.dimension)
+
+    def _at(self, point: float, width: float) -> Estimate:
+        """The sum of normal kernels of this width around the eigenvalues, at a point."""
+        rules = self.rules
+
+        def kernel(values: Tensor, spread: Tensor | float = width) -> Tensor:
+            return _normal((values - point) / spread) / spread
+
+        # Narrower kernels than the nodes' cells would show the nodes, not the eigenvalues.
+        wide = kernel(rules.nodes, (width**2 + rules.widths.square() / 3).sqrt())
+        fine, known = kernel(rules.nodes), kernel(rules.eigenvalues)
+        resolution = (rules.weights * (wide - fine)).sum(-1).mean(1).abs()
+        quadrature = self._quadrature_error(fine, kernel(rules.coarse_nodes))
+        floor = self._rounded(kernel, rules.eigenvalues, rules.multiplicities)
+        floor = floor + self._rounded(kernel, rules.nodes, rules.weights).mean(1)
+        return self._estimate(wide, known, torch.maximum(resolution, quadrature) + floor)
+
+    def _quadrature_error(self, fine: Tensor, coarse: Tensor) -> Tensor:
+        """The mean difference between the rules and those of fewer steps."""
+        rules = self.rules
+        return ((rules.raw_weights * fine).sum(-1) - (rules.coarse_weights * coarse).sum(-1)).mean(1).abs()
 
     def _count(self, x: float | Tensor, above: bool) -> Estimate:
         rules, x = self.rules, self._per_sample("x", x)
@@ -282,12 +301,16 @@ class Density:
             for values, widths in ((rules.nodes, rules.widths), (rules.eigenvalues, rules.eigenvalue_widths))
         )
         weights, distance = rules.weights, rules.nodes - x[:, None, None]
-        # In the midst of a spectrum rules of different probes fall differently, so that what a cell leaves open
+        # Within a spectrum the rules of different probes fall differently, so that what a cell leaves open
         # averages out; at its ends they fall alike, and sharp and smooth counts differ by as much.
         sharp = (weights * (distance >= 0)).sum(-1).mean(1)
         open_to_chance = (weights * (nodes * (1 - nodes)).sqrt()).sum(-1).mean(1) / math.sqrt(self.probes)
         shift = ((weights * nodes).sum(-1).mean(1) - sharp).abs()
-        within = (weights * (distance.abs() <= rules.rounding[:, None, None]) * nodes * (1 - nodes)).sum(-1).mean(1)
+        within = (
+            (weights * (distance.abs() <= rules.rounding[:, None, None]) * nodes * (1 - nodes))
+            .sum(-1)
+            .mean(1)
+        )
         exact = (rules.multiplicities * (known * (1 - known)).sqrt()).sum(-1)
         error = torch.maximum(open_to_chance, shift) + 2 * within + exact
         if not above:
@@ -344,9 +367,8 @@ def _ramp(distance: Tensor, widths: Tensor) -> Tensor:
     return torch.where(widths > 0, share.clamp(0, 1), (distance >= 0).to(distance))
 
 
-def _kernel(point: float, width: float) -> Function:
-    scale = 1 / (width * math.sqrt(2 * math.pi))
-    return lambda values: scale * (-0.5 * ((values - point) / width).square()).exp()
+def _normal(values: Tensor) -> Tensor:
+    return (-0.5 * values.square()).exp() / math.sqrt(2 * math.pi)
 
 
 def _number(name: str, value: float, positive: bool = False) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,22 +50,16 @@ def diagonal(
         `Estimate` of shape [B, *sample_shape].
 
     Raises:
-        InvalidInput: arguments do not fit; xdiag of an operator without transposed product. NonFiniteError: a
-        product is not finite.
+        InvalidInput: arguments do not fit; xdiag of an operator without transposed product.
+        NonFiniteError: a product is not finite.
     """
     if method not in METHODS:
         raise InvalidInput(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-    target = Probed(
-        operator,
-        kind="rademacher",
-        seed=seed,
-        sample_ids=sample_ids,
-        shift=shift,
-        block=block,
-        batched=batched,
-    )
-    if minus is not None:
-        target = Difference(target, minus, batched)
+    options: dict[str, Any] = {
+        "kind": "rademacher", "seed": seed, "sample_ids": sample_ids, "shift": shift, "block": block,
+        "batched": batched,
+    }  # fmt: skip
+    target = Probed(operator, **options) if minus is None else Difference(operator, minus, **options)
     check_count("products", products, 1, None, "")
     if method == "xdiag" and products >= target.dimension:
         value, error = _exact(target)
@@ -114,8 +109,8 @@ def _hutchinson(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
 def _xdiag(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
     """The mean of k leave-one-out estimates.
 
-    With P_i = Q (I - s_i s_i^T) Q^T, estimate i is diag(P_i A) + omega_i * (I - P_i) A omega_i, and (I - P_i) A
-    omega_i = Q s_i (s_i^T R e_i).
+    With P_i = Q (I - s_i s_i^T) Q^T, estimate i is diag(P_i A) + omega_i * (I - P_i) A omega_i, and (I - P_i)
+    A omega_i = Q s_i (s_i^T R e_i).
     """
     count = products // 2
     omega = target.probes(0, count)
@@ -140,4 +135,8 @@ def _xdiag(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
         covariance += (here * change(of_others, signs, triangle)).sum(1)
     covariance /= count * (count - 1)
     size = (q.abs() * _entries(target, aq)).sum(1) + residual.abs().mean(1)
-    return values.mean(1), exchangeable_error(values.transpose(0, 1), covariance, target.rounding * size), count
+    return (
+        values.mean(1),
+        exchangeable_error(values.transpose(0, 1), covariance, target.rounding * size),
+        count,
+    )

@@ -19,9 +19,9 @@ def flipd(
     """d + sigma^2 (tr H + ||s||^2), [B]: the local intrinsic dimension by Fokker and Planck's equation.
 
     `trace` of the Hessian H of log p_t in score units, an `Estimate` or numbers taken for exact;
-    `score_norm_squared` ||s||^2 in score units; `sigma` = sqrt(1 - abar_t), a number or [B]; `dimension` d. The
-    standard error is that of the trace. Kamkari, Ross, Hosseinzadeh, Cresswell and Loaiza-Ganem 2024
-    (arXiv 2406.03537, equation 11). Raises InvalidInput where sigma is not positive or shapes do not fit.
+    `score_norm_squared` ||s||^2 in score units; `sigma` = sqrt(1 - abar_t), a number or [B]; `dimension` d.
+    The standard error is that of the trace. Kamkari, Ross, Hosseinzadeh, Cresswell and Loaiza-Ganem 2024
+    (arXiv 2406.03537). Raises InvalidInput where sigma is not positive or shapes do not fit.
     """
     if not isinstance(trace, Estimate):
         value = torch.as_tensor(trace, dtype=torch.float64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -121,12 +121,12 @@ class Probed:
 class Difference(Probed):
     """A - B of two operators of the same samples, multiplied with the same probes."""
 
-    def __init__(self, first: Probed, second: Operator, batched: bool | None) -> None:
-        self.__dict__.update(first.__dict__)
-        # A shift that both have in common cancels.
+    def __init__(self, operator: Operator, second: Operator, *, batched: bool | None, **options: Any) -> None:
+        super().__init__(operator, batched=batched, **options)
+        # What both have in common cancels.
         self.shift = None
         self.second = as_batched(second, batched)
-        check_partner(first, self.second)
+        check_partner(self, self.second)
         self.rounding = max(self.rounding, _ROUNDINGS * self.second.rounding)
 
     @property
@@ -200,7 +200,9 @@ def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> l
     return numbers
 
 
-def _shifts(shift: float | Sequence[float] | Tensor | None, samples: int, device: torch.device) -> Tensor | None:
+def _shifts(
+    shift: float | Sequence[float] | Tensor | None, samples: int, device: torch.device
+) -> Tensor | None:
     if shift is None:
         return None
     try:

@@ -1,12 +1,12 @@
 """Leave-one-out sketches, of which XTrace and XDiag are means, and the error of such a mean.
 
-Y = A Omega = Q R for k probes. Estimate i is built on the range of all columns of Y but i, with probe i for what
-is beyond (Epperly, Tropp and Webber 2024). The k estimates are exchangeable but not independent: their spread
-measures V - C, the variance of one less the covariance of two, while that of the mean is (V - C) / k + C. Each
-estimate is unbiased given the other probes. So only what probe j changes in estimate i correlates with what
-probe i changes in estimate j, and C is the mean of delta_ij delta_ji, where delta_ij = estimate i - estimate i
-built without probe j as well. That is measured here from the same products; the spread alone, as in section 4
-of the paper, is too small by up to 1.8 times.
+Y = A Omega = Q R for k probes. Estimate i is built on the range of all columns of Y but i, with probe i for
+what is beyond (Epperly, Tropp and Webber 2024). The k estimates are exchangeable but not independent: their
+spread measures V - C, the variance of one less the covariance of two, while that of the mean is (V - C) / k +
+C. Each estimate is unbiased given the other probes. So only what probe j changes in estimate i correlates
+with what probe i changes in estimate j, and C is the mean of delta_ij delta_ji, where delta_ij is estimate i
+less estimate i built without probe j as well. It is measured here from the same products; the spread alone,
+the paper's error estimate, was seen to be too small by up to 1.8 times.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def directions(triangle: Tensor, ranks: Tensor) -> Tensor:
     """Unit vectors s_i with s_i^T R e_j = 0 for all j but i, as columns [B, k, k] of R [B, k, k].
 
     In the range of Q, for Y = Q R, s_i is what only column i of Y reached: I - s_i s_i^T projects on what the
-    others span (Epperly, Tropp and Webber 2024, section 2.1). Zero where column i lies in the
+    others span. Zero where column i lies in the
     span of the others. Rows of R from `ranks` on are zero.
     """
     count = triangle.shape[-1]

@@ -17,8 +17,8 @@ from sharpcore.krylov.solution import Solution
 _BREAKDOWN = 64
 # Residuals beside ||A|| up to which a pair is deflated, or a node taken for an eigenvalue.
 _CONVERGED = 1e-4
-# Eigenvalues of the Gram matrix of one unit vector of each run: below the first they repeat a direction, above
-# the second they add one; between, nothing is decided.
+# Eigenvalues of the Gram matrix of one unit vector of each run: below the first they repeat a direction,
+# above the second they add one; between, nothing is decided.
 _SAME, _FURTHER = 1e-4, 1e-2
 
 

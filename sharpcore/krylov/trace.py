@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.block_lanczos import check_count
-from sharpcore.krylov.estimation import Difference, Operator, Probed, check_partner, dot, length, mean_and_error
+from sharpcore.krylov.estimation import (
+    Difference,
+    Operator,
+    Probed,
+    check_partner,
+    dot,
+    length,
+    mean_and_error,
+)
 from sharpcore.krylov.leave_one_out import TINY, directions, directions_beyond, exchangeable_error
 from sharpcore.krylov.solution import Estimate
 from sharpcore.operators import CurvatureOperator
@@ -35,7 +44,7 @@ def trace(
 
     "hutchinson" is the mean of z^T A z over `products` probes (Hutchinson 1989): unbiased, error ~ ||A||_F /
     sqrt(products). "hutch++" (Meyer, Musco, Musco and Woodruff 2021, Algorithm 1) takes the trace over the
-    range of a sketch exactly and probes the rest; "xtrace" (Epperly, Tropp and Webber 2024, Algorithm 2.1)
+    range of a sketch exactly and probes the rest; "xtrace" (Epperly, Tropp and Webber 2024)
     does so with all probes in both roles, each left out in turn. Both gain where few eigenvalues are far from
     zero, and are exact (d unit vectors are multiplied instead) where `products` >= d.
 
@@ -49,7 +58,7 @@ def trace(
             `BatchedOperator`.
         products: vectors multiplied for each sample, at most; at least 2 ("hutchinson") or 4.
         kind: "rademacher", "normal" or "sphere" probes. Default: sphere for xtrace (whose probes are then
-            normalized as in section 2.3 of the paper, as normal ones are), else rademacher.
+            normalized, as the paper advises; so are normal ones), else rademacher.
         shift: the multiple of the identity in A, a number or [B].
         minus: a second operator of the same shape: the trace of A - B is estimated, both multiplied with the
             same probes, so that the error is that of the difference. A common shift cancels.
@@ -68,11 +77,11 @@ def trace(
     if method not in METHODS:
         raise InvalidInput(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
     kind = kind or ("sphere" if method == "xtrace" else "rademacher")
-    target = Probed(
-        operator, kind=kind, seed=seed, sample_ids=sample_ids, shift=shift, block=block, batched=batched
-    )
-    if minus is not None:
-        target = Difference(target, minus, batched)
+    options: dict[str, Any] = {
+        "kind": kind, "seed": seed, "sample_ids": sample_ids, "shift": shift, "block": block,
+        "batched": batched,
+    }  # fmt: skip
+    target = Probed(operator, **options) if minus is None else Difference(operator, minus, **options)
     d = target.dimension
     check_count("products", products, 1, None, "")
     if method != "hutchinson" and products >= d:
@@ -210,26 +219,41 @@ def _squared_length(target: Probed, vectors: Tensor, entries: int) -> tuple[Tens
 
 
 def _power(power: int, symmetric: bool) -> Form:
-    """The form whose mean is tr A^power, and the products that it takes for each vector."""
+    """The form whose mean is tr A^power."""
 
     def form(target: Probed, vectors: Tensor, entries: int) -> tuple[Tensor, Tensor]:
         image = target.multiply(vectors)
-        left = image if symmetric or power == 1 else target.multiply_transposed(vectors)
-        moments = [dot(vectors, image), dot(left, image)]
-        size = target.size(vectors, image)
-        sizes = length(vectors) * size, target.size(vectors, left) * size
+        if symmetric or power == 1:
+            left = image
+        elif target.op.has_transpose:
+            left = target.multiply_transposed(vectors)
+        else:
+            return chain(target, vectors, image, entries)
+        size, size_left = target.size(vectors, image), target.size(vectors, left)
+        moments, sizes = [dot(vectors, image), dot(left, image)], [length(vectors) * size, size_left * size]
         if power == 3:
             again = target.multiply(image)
             moments.append(dot(left, again))
-            sizes = (*sizes, target.size(vectors, left) * target.size(image, again))
+            sizes.append(size_left * target.size(image, again))
+        return around_shift(target, moments, entries), sizes[power - 1]
+
+    def chain(target: Probed, vectors: Tensor, image: Tensor, entries: int) -> tuple[Tensor, Tensor]:
+        moments = [dot(vectors, image)]
+        size = target.size(vectors, image)
+        for _ in range(power - 1):
+            before, image = image, target.multiply(image)
+            moments.append(dot(vectors, image))
+            size = target.size(before, image)
+        return around_shift(target, moments, entries), length(vectors) * size
+
+    def around_shift(target: Probed, moments: list[Tensor], entries: int) -> Tensor:
         if target.shift is None:
-            return moments[power - 1], sizes[power - 1]
-        c = target.shift
-        value = c**power * entries
-        # Binomial coefficients of (c I + R)^power.
+            return moments[power - 1]
+        # Binomial coefficients of (shift I + R)^power.
+        value = target.shift**power * entries
         for k, moment in enumerate(moments[:power], start=1):
-            value = value + math.comb(power, k) * c ** (power - k) * moment
-        return value, sizes[power - 1]
+            value = value + math.comb(power, k) * target.shift ** (power - k) * moment
+        return value
 
     return form
 
