@@ -25,8 +25,8 @@ class Journal:
     prompts; each is on disk (fsync) when `append` returns. Rows are keyed by the index of their prompt in the
     input, so prompts may repeat.
 
-    `prompts` is the whole input; `settings` is a JSON object of all that decides the numbers,
-    `settings["steps"]` and `settings["metrics"]` say which rows and columns there are. Raises InvalidInput if
+    `prompts` is the whole input; `settings` is a JSON object of all that decides the numbers, and says
+    which rows and columns a prompt has in this kind of `table`. Raises InvalidInput if
     the output or its journal exists and neither `resume` nor `overwrite` is given, if `resume` finds other
     settings or other prompts (the message says which), or if another process is writing the same output.
     """
@@ -39,6 +39,7 @@ class Journal:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        table: type[ScoreTable] = ScoreTable,
     ) -> None:
         self.output = Path(output)
         self.path = _journal_path(self.output)
@@ -46,7 +47,8 @@ class Journal:
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         self.finished = 0
         self._prompts = prompts
-        self._rows_per_prompt = len(settings["steps"])
+        self._table = table
+        self._rows_per_prompt = len(table.empty_rows(settings, [0.0] * len(settings["steps"])))
         check_output(self.output, resume=resume, overwrite=overwrite)
         self._size = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -86,8 +88,7 @@ class Journal:
         """Add the rows of the prompts from index `first` on; they are on disk on return, or (on any error)
         not in the journal.
 
-        `rows` holds one row per prompt and step, in order. Raises ValueError unless they continue the
-        journal.
+        `rows` holds all rows of each prompt, in order. Raises ValueError unless they continue the journal.
         """
         count, rest = divmod(len(rows), self._rows_per_prompt)
         if first != self.finished or rest:
@@ -129,11 +130,9 @@ class Journal:
             yield self.finished
 
     def _bad_rows(self, prompt: PromptRow, timesteps: Sequence[float]) -> list[Row]:
-        numbers = [f"{name}{end}" for name in self.settings["metrics"] for end in ("", "_se", "_seeds")]
         first: Row = {"prompt": prompt.prompt, **prompt.columns}
-        last: Row = dict.fromkeys(numbers) | {"error": prompt.error}
-        places = zip(self.settings["steps"], timesteps, strict=True)
-        return [first | {"step": step, "timestep": timestep} | last for step, timestep in places]
+        places = self._table.empty_rows(self.settings, timesteps)
+        return [first | place | {"error": prompt.error} for place in places]
 
     def failed(self) -> int:
         """How many of the finished prompts have an error."""
@@ -154,7 +153,7 @@ class Journal:
             write_rows(
                 temporary,
                 self.rows(),
-                column_types(self.rows()),
+                column_types(self.rows(), self._table.standard),
                 format=self.format,
                 row_group=ROW_GROUP,
                 metadata=metadata,
@@ -238,7 +237,7 @@ class Journal:
             )
         metadata = parquet_metadata(self.output)
         self._compare_settings(metadata.get("settings", {}), self.output)
-        rows = ScoreTable.read(self.output).rows
+        rows = self._table.read(self.output).rows
         self._compare_prompts(rows, 0, self.output)
         self.append(0, rows)
 

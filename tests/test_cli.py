@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sharpcore
-from sharpcore import cli, pipeline
+from sharpcore import cli, cli_run, pipeline
 from sharpcore.table import ScoreTable
 
 DATA = Path(__file__).parent / "data" / "tiny-sd-eps"
@@ -63,7 +63,7 @@ def fake_pipe(folder, scoring):
 def fake(monkeypatch):
     scorer = type("Scorer", (FakeScorer,), {})
     monkeypatch.setattr(pipeline, "SharpnessScorer", scorer)
-    monkeypatch.setattr(cli, "_load", fake_pipe)
+    monkeypatch.setattr(cli, "load_pipeline", fake_pipe)
     return scorer
 
 
@@ -273,7 +273,7 @@ def wait_for_lines(process, path, count):
 
 FAKE_RUN = """
 import test_cli as t
-t.pipeline.SharpnessScorer, t.cli._load = t.FakeScorer, t.fake_pipe
+t.pipeline.SharpnessScorer, t.cli.load_pipeline = t.FakeScorer, t.fake_pipe
 t.FakeScorer.delay = 0.05
 t.cli.main()
 """
@@ -441,14 +441,14 @@ def test_version_and_help():
     ],
 )
 def test_memory_sizes(text, expected):
-    assert cli._bytes(text) == expected
+    assert cli_run.memory_bytes(text) == expected
 
 
 def test_progress_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with cli._progress(4, 1, False) as advance:
+    with cli_run.progress_shown(4, 1, False) as advance:
         advance(2)
         advance(4)
     shown = capsys.readouterr().err

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.krylov.block_lanczos import check_count
 from sharpcore.krylov.estimation import Operator, Probed, mean_and_error
 from sharpcore.krylov.quadrature import Rules, quadrature_rules
+from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Estimate, Solution
 
 Function = Callable[[Tensor], Tensor]

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
-from sharpcore.krylov.block_lanczos import check_count
 from sharpcore.krylov.estimation import Difference, Operator, Probed, student
 from sharpcore.krylov.leave_one_out import directions, directions_beyond, exchangeable_error
+from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Estimate
 
 METHODS = ("xdiag", "hutchinson")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.errors import InvalidInput
-from sharpcore.krylov.block_lanczos import check_count
 from sharpcore.krylov.operator import BatchedOperator, as_batched
 from sharpcore.krylov.probes import probes
+from sharpcore.krylov.run import check_count
 from sharpcore.operators import CurvatureOperator
 
 Operator = CurvatureOperator | BatchedOperator | Tensor

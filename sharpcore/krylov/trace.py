@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
-from sharpcore.krylov.block_lanczos import check_count
 from sharpcore.krylov.estimation import (
     Difference,
     Operator,
@@ -21,6 +20,7 @@ from sharpcore.krylov.estimation import (
     mean_and_error,
 )
 from sharpcore.krylov.leave_one_out import TINY, directions, directions_beyond, exchangeable_error
+from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Estimate
 from sharpcore.operators import CurvatureOperator
 
