@@ -114,7 +114,7 @@ def _dense(
             numbers["lhsd"] = float(hill_filter(values, LHSD_CUTOFF / curvature.sigma**2).sum())
         row = {
             "result": "exact",
-            "products": jacobian.products * _branches(how),
+            "products": jacobian.dimension * _branches(how),
             **_extremes(values[: how.k], values[-how.k :], residuals[: how.k], residuals[-how.k :]),
             **numbers,
             **{f"{name}_se": 0.0 for name in numbers},
