@@ -16,6 +16,7 @@ from sharpcore.memory import available_bytes
 Run = Callable[[], Any]
 OK = "ok"
 HEADING = 45  # characters
+SHOWN = ("axis", "point", "products")  # labels that are printed
 
 
 @dataclass
@@ -187,7 +188,7 @@ class Table:
         lines = [header]
         for record in self.records():
             low, high = _text(record["lower_quartile_s"], ".3g"), _text(record["upper_quartile_s"], ".3g")
-            labels = " ".join(f"{key}={record[key]}" for key in ("axis", "point") if key in record)
+            labels = " ".join(f"{key}={record[key]}" for key in SHOWN if key in record)
             cells = (
                 f"{record['what']} {labels}".strip().ljust(46),
                 _text(record["median_s"], ".3g").rjust(10),

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("linearize", "overhead", "scaling", "scoring", "sd14", "sdxl")
+WHOLE = ("krylov", "linearize", "overhead", "scaling", "scoring", "sd14", "sdxl")
 KERNELS = tuple(
     f"benchmarks/{path.name}"
     for path in sorted(ROOT.glob("benchmarks/bench_*.py"))
@@ -53,9 +53,11 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
     ),
     "sd14-scoring": (Section(("benchmarks/bench_scoring.py", "-m", "sd14")),),
     "sdxl": (Section(("benchmarks/bench_sdxl.py", "-m", "sdxl")),),
+    "krylov": (Section(("benchmarks/bench_krylov.py", "-k", "not krylov_quick")),),
+    "krylov-quick": (Section(("benchmarks/bench_krylov.py", "-m", "quick")),),
     "scaling": (Section(("benchmarks/bench_scaling.py", "-m", "scaling")),),
 }
-FULL = tuple(name for name in SECTIONS if name != "quick")
+FULL = tuple(name for name in SECTIONS if not name.endswith("quick"))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -84,7 +86,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(name: str, section: Section, asked: argparse.Namespace) -> int:
     threads = section.threads or asked.threads or int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
-    turns = asked.turns or (QUICK_TURNS if name == "quick" else None)
+    turns = asked.turns or (QUICK_TURNS if name.endswith("quick") else None)
     command = ["-m", "pytest", *section.arguments, "-s", "-q", "--benchmark-quiet", "--no-header"]
     command += [] if turns is None else ["--turns", str(turns)]
     command += [] if asked.compile_limit is None else ["--compile-limit", str(asked.compile_limit)]
