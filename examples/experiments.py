@@ -16,7 +16,7 @@ from diffusers import DDIMScheduler
 from torch import Tensor, nn
 
 from sharpcore import Hessian, ScoreFunction, ScoreJacobian, linearize
-from sharpcore.krylov import as_batched, probes
+from sharpcore.krylov import dense, trace, trace_power
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -26,8 +26,11 @@ Conditioning = Mapping[str, Tensor]
 Draw = Callable[[int, torch.Generator], tuple[Tensor, Conditioning]]
 
 
-def new_scheduler(num_inference_steps: int) -> DDIMScheduler:
-    """DDIM with the noise schedule of Stable Diffusion 1, set to so many sampling steps."""
+def new_scheduler(num_inference_steps: int, prediction: str = "epsilon") -> DDIMScheduler:
+    """DDIM with the noise schedule of Stable Diffusion 1, set to so many sampling steps.
+
+    The network predicts the noise ("epsilon") or the clean sample ("sample").
+    """
     scheduler = DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -35,6 +38,7 @@ def new_scheduler(num_inference_steps: int) -> DDIMScheduler:
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
+        prediction_type=prediction,
     )
     scheduler.set_timesteps(num_inference_steps)
     return scheduler
@@ -63,11 +67,15 @@ def train(
     batch: int,
     rate: float,
     seed: int,
+    timesteps: Tensor | None = None,
     cache: Path | None = None,
     settings: str = "",
 ) -> list[float]:
-    """Train a noise predictor, squared error of epsilon at uniform timesteps; returns the loss of each step.
+    """Train a network on the squared error of what it predicts; returns the loss of each step.
 
+    Errors of clean samples are weighted with the signal-to-noise ratio, at most 5 (Hang et al., arXiv
+    2303.09556): without it hardly anything would be learned of low noise.
+    Timesteps are drawn from those given (repetitions make one more frequent), by default from all alike.
     ``draw(batch, generator)`` gives clean samples [batch, ...] and what else the network is called with. All
     randomness comes from a generator with ``seed``. With ``cache`` a finished network is kept there, and
     loaded instead of trained when ``settings`` are the same.
@@ -84,16 +92,23 @@ def train(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda done: min((done + 1) / (0.05 * steps + 1), (steps - done) / (0.95 * steps))
     )
-    length = scheduler.config.num_train_timesteps
+    if timesteps is None:
+        timesteps = torch.arange(scheduler.config.num_train_timesteps)
+    snr = scheduler.alphas_cumprod / (1 - scheduler.alphas_cumprod)
     losses: list[float] = []
     network.train()
     began = time.perf_counter()
     for step in range(steps):
         clean, conditioning = draw(batch, generator)
-        timestep = torch.randint(length, (batch,), generator=generator)
+        timestep = timesteps[torch.randint(len(timesteps), (batch,), generator=generator)]
         noise = torch.randn(clean.shape, generator=generator)
         noisy = add_noise(clean, timestep, scheduler, noise)
-        loss = (predict(network, noisy, timestep, conditioning) - noise).square().mean()
+        prediction = predict(network, noisy, timestep, conditioning)
+        if scheduler.config.prediction_type == "sample":
+            weight = snr[timestep].clamp(max=5).sqrt().reshape(-1, *[1] * (clean.ndim - 1))
+            loss = (weight * (prediction - clean)).square().mean()
+        else:
+            loss = (prediction - noise).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()
@@ -177,18 +192,6 @@ def curvature(
     return Curvature(*(torch.cat(part) for part in zip(*parts, strict=True)))
 
 
-def dense(operator: ScoreJacobian) -> Tensor:
-    """The matrices [B, d, d] of an operator in float64, some hundred tangents at a time."""
-    batched = as_batched(operator)
-    samples, d = batched.samples, batched.dimension
-    matrices = torch.empty(samples, d, d, dtype=torch.float64)
-    for columns in torch.arange(d).split(max(1, 256 // samples)):
-        block = torch.zeros(len(columns), samples, d, dtype=batched.dtype)
-        block[torch.arange(len(columns)), :, columns] = 1
-        matrices[:, :, columns] = batched.multiply(block).double().permute(1, 2, 0)
-    return matrices
-
-
 @dataclass(frozen=True)
 class SpectrumRow:
     """A group's eigenvalues at one step: means over its samples, in score units.
@@ -227,7 +230,7 @@ def spectrum_row(
         step=step,
         timestep=timestep,
         samples=len(values),
-        bound=-1 / (1 - float(scheduler.alphas_cumprod[timestep])),
+        bound=_bound(scheduler, timestep),
         smallest=float(values[:, 0].mean()),
         median=float(values.median(1).values.mean()),
         largest=float(values[:, -1].mean()),
@@ -236,6 +239,10 @@ def spectrum_row(
         asymmetry=float(found.asymmetry.mean()),
         error=error,
     )
+
+
+def _bound(scheduler: DDIMScheduler, timestep: int) -> float:
+    return -1 / (1 - float(scheduler.alphas_cumprod[timestep]))
 
 
 @dataclass(frozen=True)
@@ -265,51 +272,42 @@ def dense_sides(score: Tensor, hessian: Tensor) -> Sides:
     return score.square().sum(1), -values.sum(1), product.square().sum(1), -values.pow(3).sum(1)
 
 
-def probed_sides(
+def sides(
     network: nn.Module,
     scheduler: DDIMScheduler,
     x: Tensor,
     timestep: int,
     conditioning: Conditioning | None = None,
     *,
-    count: int = 4,
+    products: int = 8,
     seed: int = 0,
 ) -> Sides:
-    """As `dense_sides` at x [B, ...], the traces estimated with ``count`` random signs a sample (Hutchinson).
+    """As `dense_sides` of a network at x [B, ...], the traces estimated with ``products`` products a sample.
 
     What a sample's traces lack in accuracy is small beside their spread over the samples, so many samples
-    with few probes tell more of a mean than few samples with whole Hessians.
+    with few products tell more of a mean than few samples with whole Hessians. Exact where d products do it.
     """
     score = ScoreFunction.from_scheduler(network, scheduler, timestep, conditioning)
     linearization = linearize(score, x)
-    hessian = as_batched(Hessian(linearization))
-    value = linearization.value.double().flatten(1)
-    signs = probes(
-        "rademacher",
-        seed,
-        samples=range(len(x)),
-        first=0,
-        count=count,
-        dimension=hessian.dimension,
-        device="cpu",
-    )
-    products = hessian.multiply(torch.cat([signs, value[None]])).double()
-    once, squared_product = products[:count], products[count].square().sum(1)
-    twice = hessian.multiply(once).double()
-    trace, cubic_trace = ((signs * once).sum(2).mean(0), (once * twice).sum(2).mean(0))
-    return value.square().sum(1), -trace, squared_product, -cubic_trace
+    hessian, value = Hessian(linearization), linearization.value
+    # Most of a Hessian near pure noise, and all of a memorized point's, is this multiple of the identity.
+    options: dict[str, Any] = {"shift": _bound(scheduler, timestep), "products": products, "seed": seed}
+    first = trace(hessian, "hutchinson", **options).value
+    cubic = trace_power(hessian, 3, **options).value
+    squares = (part.double().flatten(1).square().sum(1) for part in (value, hessian @ value))
+    return next(squares), -first, next(squares), -cubic
 
 
-def identity_row(group: str, timestep: int, sides: Sides) -> IdentityRow:
+def identity_row(group: str, timestep: int, found: Sides) -> IdentityRow:
     """The four means over samples of p_t.
 
     The first identity holds for every density, the second for Gaussian ones (Jeon, Kim and No, arXiv
     2412.04140).
     """
     numbers = [
-        number for side in sides for number in (float(side.mean()), float(side.std() / len(side) ** 0.5))
+        number for side in found for number in (float(side.mean()), float(side.std() / len(side) ** 0.5))
     ]
-    return IdentityRow(group, timestep, len(sides[0]), *numbers)
+    return IdentityRow(group, timestep, len(found[0]), *numbers)
 
 
 def say(line: str) -> None:
@@ -347,7 +345,7 @@ def plot_identities(rows: Sequence[IdentityRow], path: Path) -> None:
     words = (("E‖s‖²", "−E tr H"), ("E‖Hs‖²", "−E tr H³"))
     groups = list(dict.fromkeys(row.group for row in rows))
     for axes, (left, right), (left_word, right_word) in zip(panels[0], sides, words, strict=True):
-        for group, color in zip(groups, COLORS, strict=True):
+        for group, color, line in zip(groups, COLORS, ("-", (0, (4, 3))), strict=True):
             own = [row for row in rows if row.group == group]
             times = [row.timestep for row in own]
             axes.errorbar(
@@ -361,7 +359,11 @@ def plot_identities(rows: Sequence[IdentityRow], path: Path) -> None:
                 label=f"{left_word}, {group}",
             )
             axes.plot(
-                times, [getattr(row, right) for row in own], color=color, label=f"{right_word}, {group}"
+                times,
+                [getattr(row, right) for row in own],
+                color=color,
+                linestyle=line,
+                label=f"{right_word}, {group}",
             )
         axes.set(yscale="log", xlabel="timestep (sampling goes from right to left)")
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none")

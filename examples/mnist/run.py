@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DDIMScheduler, UNet2DModel
-from torch import Tensor
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -35,14 +35,14 @@ from experiments import (
     new_scheduler,
     plot_identities,
     print_table,
-    probed_sides,
     say,
+    sides,
     spectrum_row,
     train,
     trajectory,
     write_csv,
 )
-from tiny_sd.digits import load_digits
+from tiny_sd.digits import mnist_table
 
 THREE, NINE, NO_CLASS = range(3)
 GROUPS = {'memorized "9"': NINE, '"3"': THREE}
@@ -53,6 +53,8 @@ NULL_SHARE = 0.1
 class Settings:
     """Sizes of the experiment; the defaults are those of docs/experiments.md."""
 
+    prediction: str = "sample"
+    size: int = 28
     channels: tuple[int, ...] = (16, 32, 64)
     training_steps: int = 1500
     batch: int = 32
@@ -63,6 +65,21 @@ class Settings:
     identity_samples: int = 32
     identity_steps: int = 8
     seed: int = 0
+
+    @property
+    def of_training(self) -> str:
+        """What the trained network depends on."""
+        return str(
+            (
+                self.prediction,
+                self.size,
+                self.channels,
+                self.training_steps,
+                self.batch,
+                self.rate,
+                self.seed,
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -88,9 +105,10 @@ class CopyRow:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the network, figures and tables")
+    parser.add_argument("--prediction", choices=("sample", "epsilon"), default="sample")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(arguments)
-    results = run(options.out, Settings(seed=options.seed))
+    results = run(options.out, Settings(prediction=options.prediction, seed=options.seed))
     for rows in (results.copies, results.spectra, results.identities):
         print_table(rows)
         print()
@@ -100,8 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(out: Path, settings: Settings) -> Results:
     """Train (or load from `out`), analyse, and write figures and tables to `out`."""
     out.mkdir(parents=True, exist_ok=True)
-    scheduler = new_scheduler(settings.sampling_steps)
-    images = load_images()
+    scheduler = new_scheduler(settings.sampling_steps, settings.prediction)
+    images = load_images(settings.size)
     network = new_network(settings)
     say(f"training: {settings.training_steps} steps")
     train(
@@ -113,25 +131,27 @@ def run(out: Path, settings: Settings) -> Results:
         rate=settings.rate,
         seed=settings.seed,
         cache=out / "network.pt",
-        settings=str(settings),
+        settings=settings.of_training,
     )
     return analyse(network, scheduler, images, settings, out)
 
 
-def load_images() -> dict[int, Tensor]:
-    """The 500 images of "3" [500, 1, 28, 28] and the first "9" [1, 1, 28, 28], in [-1, 1]."""
-    digits = load_digits()
-    pixels = 2 * torch.from_numpy(digits.images)[:, None, 2:-2, 2:-2] - 1
-    labels = torch.from_numpy(digits.labels)
+def load_images(size: int) -> dict[int, Tensor]:
+    """The 500 images of "3" [500, 1, size, size] and the first "9" [1, 1, size, size], in [-1, 1].
+
+    Sizes below 28 divide it; their pixels are means of the original's.
+    """
+    flat, labels = (torch.from_numpy(array) for array in mnist_table())
+    pixels = nn.functional.avg_pool2d(2 * (flat.reshape(-1, 1, 28, 28) / 255) - 1, 28 // size)
     return {THREE: pixels[labels == 3], NINE: pixels[labels == 9][:1]}
 
 
 def new_network(settings: Settings) -> UNet2DModel:
-    """A noise predictor of images [B, 1, 28, 28], timesteps and classes [B] (0: "3", 1: "9", 2: none)."""
+    """A network on images [B, 1, size, size], timesteps and classes [B] (0: "3", 1: "9", 2: none)."""
     levels = len(settings.channels)
     with initialised_from(settings.seed):
         return UNet2DModel(
-            sample_size=28,
+            sample_size=settings.size,
             in_channels=1,
             out_channels=1,
             block_out_channels=settings.channels,
@@ -169,7 +189,7 @@ def analyse(
 ) -> Results:
     """Hessians on the way of samples of both digits (spectra), and at noised training images (identities)."""
     generator = torch.Generator().manual_seed(settings.seed + 1)
-    noise = torch.randn(settings.samples, 1, 28, 28, generator=generator)
+    noise = torch.randn(settings.samples, *images[NINE].shape[1:], generator=generator)
     last = settings.sampling_steps - 1
     curvatures, spectra, identities, copies = {}, [], [], []
     finished = {}
@@ -196,10 +216,10 @@ def analyse(
         for step in torch.linspace(0, last, settings.identity_steps).round().int().tolist():
             timestep = int(scheduler.timesteps[step])
             rows = torch.randint(len(images[digit]), (settings.identity_samples,), generator=generator)
-            fresh = torch.randn(len(rows), 1, 28, 28, generator=generator)
+            fresh = torch.randn(len(rows), *noise.shape[1:], generator=generator)
             x = add_noise(images[digit][rows], torch.tensor(timestep), scheduler, fresh)
-            sides = probed_sides(network, scheduler, x, timestep, classes(digit, len(x)))
-            identities.append(identity_row(group, timestep, sides))
+            found = sides(network, scheduler, x, timestep, classes(digit, len(x)))
+            identities.append(identity_row(group, timestep, found))
             say(f"  identities: {group}, timestep {timestep}")
     write_csv(out / "identities.csv", identities)
     plot_identities(identities, out / "identities.png")
@@ -207,7 +227,7 @@ def analyse(
 
 
 def copy_row(group: str, samples: Tensor, training: Tensor) -> CopyRow:
-    """Distances of samples [B, 1, 28, 28] to the nearest of the training images, and among themselves."""
+    """Distances of samples [B, 1, size, size] to the nearest of the training images, and among themselves."""
     flat, known = samples.flatten(1), training.flatten(1)
     scale = flat.shape[1] ** 0.5
     among = torch.cdist(flat, flat) / scale
