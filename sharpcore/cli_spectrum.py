@@ -49,7 +49,8 @@ class SpectrumOptions(Running):
     block: Annotated[int, _option("Vectors of block Lanczos multiplied at once.", min=1)] = 4
     tolerance: Annotated[float | None, _option("Residuals of Lanczos, relative to the norm.")] = None
     max_products: Annotated[int | None, _option("Products of Lanczos per state at most.", min=1)] = None
-    probes: Annotated[int, _option("Random vectors for each estimate.", min=2)] = 16
+    probes: Annotated[int, _option("Random vectors for each estimate.", min=2)] = 8
+    depth: Annotated[int, _option("Lanczos steps of each random vector.", min=1)] = 32
     eigenvalues: Annotated[bool, _option("Keep all eigenvalues (dense).", "--eigenvalues")] = False
 
 
@@ -110,6 +111,7 @@ def _write(prompts: Sequence[PromptRow], output: Path, options: SpectrumOptions)
         "tolerance": options.tolerance,
         "max_products": options.max_products,
         "probes": options.probes,
+        "depth": options.depth,
         "eigenvalues": options.eigenvalues,
         "num_inference_steps": options.num_inference_steps,
         "guidance_scale": options.guidance,

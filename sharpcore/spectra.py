@@ -107,7 +107,8 @@ def spectrum(
     block: int = 4,
     tolerance: float | None = None,
     max_products: int | None = None,
-    probes: int = 16,
+    probes: int = 8,
+    depth: int = 32,
     eigenvalues: bool = False,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
@@ -137,7 +138,8 @@ def spectrum(
             by block Lanczos and estimates the rest from random probes, with standard errors; "auto" is dense
             up to d = 1024.
         block, tolerance, max_products: of block Lanczos; see `sharpcore.krylov.block_lanczos`.
-        probes: random vectors for each estimate.
+        probes, depth: random vectors for each estimate, and the Lanczos steps that each of them takes for the
+            density and the counts.
         eigenvalues: whether to keep all d of them where the method is dense.
         guidance_scale: of the trajectory.
         latent_size: height and width of the latent; by default those that the UNet was trained with.
@@ -163,6 +165,7 @@ def spectrum(
         tolerance=tolerance,
         max_products=max_products,
         probes=probes,
+        depth=depth,
         eigenvalues=eigenvalues,
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
@@ -193,7 +196,8 @@ def iterate_spectra(
     block: int = 4,
     tolerance: float | None = None,
     max_products: int | None = None,
-    probes: int = 16,
+    probes: int = 8,
+    depth: int = 32,
     eigenvalues: bool = False,
     num_inference_steps: int = 50,
     guidance_scale: float = 7.5,
@@ -210,7 +214,7 @@ def iterate_spectra(
     )
     _check_choice("condition", condition, CONDITIONS)
     _check_choice("method", method, METHODS)
-    for name, value, least in (("k", k, 1), ("block", block, 1), ("probes", probes, 2)):
+    for name, value, least in (("k", k, 1), ("block", block, 1), ("probes", probes, 2), ("depth", depth, 1)):
         if not is_integer(value) or value < least:
             raise InvalidInput(f"{name}: expected an integer of at least {least}; got {value!r}")
     if max_products is not None and not (is_integer(max_products) and max_products > 0):
@@ -222,7 +226,7 @@ def iterate_spectra(
     ):
         if limit is not None and not (is_number(limit) and 0 < limit < math.inf):
             raise InvalidInput(f"{name}: expected a positive number; got {limit!r}")
-    how = Numbers(k, method, condition, block, tolerance, max_products, probes, bool(eigenvalues))
+    how = Numbers(k, method, condition, block, tolerance, max_products, probes, depth, bool(eigenvalues))
     shape = latent_shape(pipe, latent_size)
     chosen = how.method_for(math.prod(shape))
     settings = {
