@@ -316,6 +316,18 @@ def test_grid_and_width_of_curves():
     assert density.curve(torch.zeros(0)).density.shape == (1, 0)
 
 
+def test_curves_of_samples_on_grids_of_their_own():
+    values = torch.stack([SPECTRA["indefinite"], SPECTRA["indefinite"] * 10 - 3])
+    density = spectral_density(torch.stack([with_spectrum(each) for each in values]), steps=16)
+    grid, widths = torch.tensor([[-0.5, 0.0], [-8.0, 2.0]]).double(), torch.tensor([0.2, 2.0]).double()
+    curve = density.curve(grid, widths)
+    assert torch.equal(curve.grid, grid)
+    for i in range(2):
+        alone = density.curve(grid[i], float(widths[i]))
+        torch.testing.assert_close(curve.density[i], alone.density[i])
+        torch.testing.assert_close(curve.standard_error[i], alone.standard_error[i])
+
+
 def test_repr():
     density = spectral_density(with_spectrum(SPECTRA["outlier"]), steps=12)
     assert "1 x 40 eigenvalues, 8 rules of 12 nodes" in repr(density)
@@ -349,6 +361,7 @@ MATRIX = torch.diag(torch.tensor([1.0, 2, 3, 4, 5, 6]).double())
         (lambda: spectral_density(MATRIX).log_det(3.0), "shift"),
         (lambda: spectral_density(MATRIX).curve(width=0.0), "width"),
         (lambda: spectral_density(MATRIX).curve(grid=[1.0]), "grid"),
+        (lambda: spectral_density(MATRIX).curve(grid=torch.zeros(2, 3)), "grid"),
         (lambda: lhsd(spectral_density(MATRIX), 0.0), "sigma"),
         (lambda: lhsd(spectral_density(MATRIX), 1.0, cutoff=0.0), "cutoff"),
     ],

@@ -24,7 +24,7 @@ _GRID = 256
 class Curve(NamedTuple):
     """A density on a grid: see `Density.curve`."""
 
-    grid: Tensor  # [G]
+    grid: Tensor  # [G] or [B, G]
     density: Tensor  # [B, G]
     standard_error: Tensor  # [B, G]
 
@@ -247,39 +247,51 @@ class Density:
 
         return self.apply(filtered)
 
-    def curve(self, grid: Tensor | None = None, width: float | None = None) -> Curve:
+    def curve(self, grid: Tensor | None = None, width: float | Tensor | None = None) -> Curve:
         """The density of eigenvalues, smoothed by a normal kernel of standard deviation `width`.
 
-        Returns (grid [G], density [B, G], standard_error [B, G]); a density integrates to 1 over the real
-        line. Default grid: 256 points over all samples' spectra and 4 widths beyond; default width: what
-        m nodes resolve, the longest spectrum / m.
+        `grid` is [G], or [B, G] for one of each sample; `width` a number or [B]. Returns (grid as given,
+        density [B, G], standard_error [B, G]); a density integrates to 1 over the real line. Default grid:
+        256 points over all samples' spectra and 4 widths beyond; default width: what m nodes resolve, the
+        longest spectrum / m. Where nodes are farther apart than the width the density is smoothed as far as
+        that, and the standard error says what a narrower one may hide.
         """
         low, high = self.range()
         ends = float(low.min()), float(high.max())
         if width is None:
             width = float((high - low).max()) / self.nodes.shape[2]
             width = max(width, 1e-3 * max(map(abs, ends)), 1e-3 if ends == (0.0, 0.0) else 0.0)
-        width = _number("width", width, positive=True)
+        widths = self._per_sample("width", width, positive=True)
         if grid is None:
-            grid = torch.linspace(ends[0] - 4 * width, ends[1] + 4 * width, _GRID, dtype=torch.float64)
-        if not isinstance(grid, Tensor) or grid.dim() != 1 or not bool(torch.isfinite(grid).all()):
-            raise InvalidInput("grid: expected a finite tensor [G]")
+            beyond = 4 * float(widths.max())
+            grid = torch.linspace(ends[0] - beyond, ends[1] + beyond, _GRID, dtype=torch.float64)
+        samples = len(self.nodes)
+        if (
+            not isinstance(grid, Tensor)
+            or grid.dim() not in (1, 2)
+            or (grid.dim() == 2 and len(grid) != samples)
+            or not bool(torch.isfinite(grid).all())
+        ):
+            raise InvalidInput(f"grid: expected a finite tensor [G] or [{samples}, G]")
         grid = grid.to(self.nodes.device, torch.float64)
-        estimates = [self._at(point, width) for point in grid.tolist()]
-        none = grid.new_zeros(0, self.nodes.shape[0])
-        values = torch.stack([each.value for each in estimates]) if estimates else none
-        errors = torch.stack([each.standard_error for each in estimates]) if estimates else none
-        return Curve(grid, values.mT / self.dimension, errors.mT / self.dimension)
+        values = grid.new_zeros(samples, grid.shape[-1])
+        errors = values.clone()
+        for g, point in enumerate(grid.expand_as(values).unbind(1)):
+            estimate = self._at(point, widths)
+            values[:, g], errors[:, g] = estimate.value, estimate.standard_error
+        return Curve(grid, values / self.dimension, errors / self.dimension)
 
-    def _at(self, point: float, width: float) -> Estimate:
-        """The sum of normal kernels of this width around the eigenvalues, at a point."""
+    def _at(self, point: Tensor, width: Tensor) -> Estimate:
+        """The sum of normal kernels of these widths [B] around the eigenvalues, at points [B]."""
         rules = self.rules
 
-        def kernel(values: Tensor, spread: Tensor | float = width) -> Tensor:
-            return _normal((values - point) / spread) / spread
+        def kernel(values: Tensor, further: Tensor | float = 0.0) -> Tensor:
+            shape = (-1, *[1] * (values.dim() - 1))
+            spread = (width.reshape(shape) ** 2 + further).sqrt()
+            return _normal((values - point.reshape(shape)) / spread) / spread
 
         # Narrower kernels than the nodes' cells would show the nodes, not the eigenvalues.
-        wide = kernel(rules.nodes, (width**2 + rules.widths.square() / 3).sqrt())
+        wide = kernel(rules.nodes, rules.widths.square() / 3)
         fine, known = kernel(rules.nodes), kernel(rules.eigenvalues)
         resolution = (rules.weights * (wide - fine)).sum(-1).mean(1).abs()
         quadrature = self._quadrature_error(fine, kernel(rules.coarse_nodes))

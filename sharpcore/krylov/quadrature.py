@@ -342,7 +342,7 @@ def _groups(centers: Tensor, used: Tensor, distance: Tensor) -> tuple[Tensor, Te
     return member, counts & ~too_large[..., None]
 
 
-def _common_ends(runs: _Runs, ritz: _Ritz, tolerance: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+def _common_ends(ritz: _Ritz, tolerance: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
     """Places [P, B, c] in every run of the pairs that all runs of a sample agree on, from either end inwards
     to the first one that they do not, and which of the c belong to the sample, [B, c]."""
     steps = ritz.values.shape[-1]
