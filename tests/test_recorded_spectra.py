@@ -63,5 +63,5 @@ def test_ends_and_counts_by_krylov_methods(tiny_pipe):
         count = (expected >= 0).sum()
         assert abs(row["nonnegative"] - count) <= 2 * row["nonnegative_se"]
         assert row["nonnegative_se"] < 1
-        # Measured 1306, of the density's 256 steps 512 each.
+        # Measured 1306, 512 of them for the density.
         assert row["products"] < 1500
