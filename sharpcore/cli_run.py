@@ -97,6 +97,10 @@ def write_table(
     with Journal(
         output, settings, prompts, resume=options.resume, overwrite=options.overwrite, table=table
     ) as journal:
+        if journal.complete:
+            certain = "" if journal.format == "parquet" else f"; a {journal.format} file holds no settings"
+            say(f"nothing left to do: {output} has all {len(prompts)} prompts{certain}")
+            return
         remaining = [row for row in prompts[journal.finished :] if row.error is None]
         texts = [row.prompt for row in remaining if row.prompt is not None]
         found = blocks(texts) if texts else ()

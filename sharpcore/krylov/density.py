@@ -172,9 +172,7 @@ class Density:
         rules = self.rules
         nodes, known = self._values(f, rules.nodes), self._values(f, rules.eigenvalues)
         quadrature = self._quadrature_error(nodes, self._values(f, rules.coarse_nodes))
-        floor = self._rounded(f, rules.eigenvalues, rules.multiplicities)
-        floor = floor + self._rounded(f, rules.nodes, rules.weights).mean(1)
-        return self._estimate(nodes, known, torch.hypot(quadrature, floor))
+        return self._estimate(nodes, known, torch.hypot(quadrature, self._floor(f)))
 
     def count_above(self, x: float | Tensor) -> Estimate:
         """The number of eigenvalues >= x, [B]; `x` is a number or [B]. `count_above(0)`: non-negative ones.
@@ -285,9 +283,7 @@ class Density:
         fine, known = kernel(rules.nodes), kernel(rules.eigenvalues)
         resolution = (rules.weights * (wide - fine)).sum(-1).mean(1).abs()
         quadrature = self._quadrature_error(fine, kernel(rules.coarse_nodes))
-        floor = self._rounded(kernel, rules.eigenvalues, rules.multiplicities)
-        floor = floor + self._rounded(kernel, rules.nodes, rules.weights).mean(1)
-        return self._estimate(wide, known, torch.maximum(resolution, quadrature) + floor)
+        return self._estimate(wide, known, torch.maximum(resolution, quadrature) + self._floor(kernel))
 
     def _quadrature_error(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """The mean difference between the rules and those of fewer steps."""
@@ -327,12 +323,19 @@ class Density:
             raise NonFiniteError(f"f: not finite at the node {float(bad):.6g}")
         return values.to(torch.float64)
 
-    def _rounded(self, f: Function, points: Tensor, weights: Tensor) -> Tensor:
-        """What the rounding of eigenvalues and of sums may change in sums over the last dimension."""
-        delta = self.rules.rounding.reshape(-1, *[1] * (points.dim() - 1))
-        change = (f(points + delta) - f(points - delta)).abs() / 2
-        size = self.rounding * f(points).abs() + torch.nan_to_num(change, 0.0, 0.0, 0.0)
-        return (weights * size).sum(-1)
+    def _floor(self, f: Function) -> Tensor:
+        """What the rounding of eigenvalues and sums, and the widths of known eigenvalues, may change."""
+        rules = self.rules
+
+        def change(points: Tensor, widths: Tensor) -> Tensor:
+            return torch.nan_to_num((f(points + widths) - f(points - widths)).abs() / 2, 0.0, 0.0, 0.0)
+
+        rounding = rules.rounding[:, None, None].expand_as(rules.nodes)
+        chance = change(rules.nodes, rounding) + self.rounding * f(rules.nodes).abs()
+        known = change(rules.eigenvalues, rules.eigenvalue_widths)
+        sums = self.rounding * (rules.multiplicities * f(rules.eigenvalues).abs()).sum(-1)
+        widths = torch.linalg.vector_norm(rules.multiplicities * known, dim=-1)
+        return (rules.weights * chance).sum(-1).mean(1) + sums + widths
 
     def _estimate(self, nodes: Tensor, known: Tensor, error: Tensor) -> Estimate:
         """The estimate of a sum over eigenvalues from its values at nodes and known eigenvalues."""
