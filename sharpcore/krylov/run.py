@@ -64,7 +64,7 @@ class Plan:
 
     def wanted(self, count: int) -> Tensor:
         """Places of the wanted ones among `count` ascending values."""
-        low = min(self.k, count) if self.which != "largest" else 0
+        low = min(self.k, count) if self.which in ("smallest", "both") else 0
         high = min(self.k, count - low) if self.which != "smallest" else 0
         return torch.cat([torch.arange(low), torch.arange(count - high, count)])
 
@@ -229,7 +229,7 @@ class Run(ABC):
         """
         krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
         complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
-        ends = [(0, k - 1, 1)] if self.plan.which != "largest" else []
+        ends = [(0, k - 1, 1)] if self.plan.which in ("smallest", "both") else []
         ends += [(-1, -k, -1)] if self.plan.which != "smallest" else []
         for place in (krylov.sequences[ritz.samples] > 1).nonzero().flatten().tolist():
             fresh = ritz.fresh[place].nonzero().flatten()
@@ -323,15 +323,15 @@ class Run(ABC):
 def make_plan(
     op: BatchedOperator, k: int, which: str, block: int, tolerance: float | None, max_products: int | None,
     max_basis: int | None, on_breakdown: str, seed: int, sample_ids: Sequence[int] | None,
-    symmetry_tolerance: float | None,
+    symmetry_tolerance: float | None, ends: Sequence[str] = ENDS,
 ) -> Plan:  # fmt: skip
     """The arguments of an eigensolver, checked, with their defaults. Raises InvalidInput."""
     d = op.dimension
     check_count("k", k, 1, d, "the dimension")
     check_count("block", block, 1, None, "")
     block = min(block, d)
-    if which not in ENDS:
-        raise InvalidInput(f"which: expected one of {', '.join(ENDS)}; got {which!r}")
+    if which not in ends:
+        raise InvalidInput(f"which: expected one of {', '.join(ends)}; got {which!r}")
     if on_breakdown not in ("continue", "stop"):
         raise InvalidInput(f"on_breakdown: expected 'continue' or 'stop'; got {on_breakdown!r}")
     exact, low = op.rounding < 1e-12, op.rounding > 1e-3
