@@ -66,10 +66,10 @@ def test_prescribed_spectra(name, kind):
 def test_all_eigenvalues_of_small_operators(name, steps):
     """As many steps as entries find all of them, each as often as it occurs, and no copies."""
     values = spectra(8)[name].sort().values
-    density = spectral_density(with_spectrum(values), probes=9, steps=steps)
+    density = spectral_density(with_spectrum(values), probes=10, steps=steps)
     assert density.multiplicities.sum() == 8
     assert float(density.weights.sum()) == 0
-    assert density.products <= 9 * 8
+    assert density.products <= 10 * 8
     known = density.multiplicities[0] > 0
     found = density.eigenvalues[0][known].repeat_interleave(density.multiplicities[0][known].long())
     torch.testing.assert_close(found.sort().values, values, rtol=0, atol=1e-12)
@@ -220,6 +220,28 @@ def test_locked_ends_reduce_the_error():
     pairs = dict(zip(locked.eigenvalues[0].tolist(), locked.multiplicities[0].tolist(), strict=True))
     doubles = [value for value, multiplicity in pairs.items() if multiplicity == 2]
     assert doubles == pytest.approx([5.0], abs=1e-8)
+
+
+def test_spectra_that_are_narrow_beside_their_distance_from_zero():
+    """-0.36 and 1e-9 around it: the variance is not lost in the rounding of the squares."""
+    values = -0.36 + 1e-9 * torch.linspace(-1, 1, 58, dtype=torch.float64)
+    density = spectral_density(runs_of(with_spectrum(values)), steps=8)
+    estimate = density.apply(lambda v: v)
+    assert_nominal(estimate, values.sum())
+    assert float(estimate.standard_error.mean()) < 1e-8
+
+
+def test_multiplicities_are_not_misjudged():
+    """Nine runs in eigenspaces of 5 to 10 dimensions: what they tell is right, the rest is estimated."""
+    for multiplicity in range(5, 11):
+        values = torch.cat([torch.full((multiplicity,), 1.0), torch.linspace(-1, -0.5, 10)]).double()
+        density = spectral_density(runs_of(with_spectrum(values)).float(), probes=9, steps=8)
+        count = density.count_above(0.5)
+        known = count.standard_error < 1e-3
+        assert bool((count.value[known] - multiplicity).abs().le(1e-3).all())
+        assert multiplicity > 5 or float(known.double().mean()) > 0.9
+        assert multiplicity < 8 or not bool(known.any())
+        assert_within(count, float(multiplicity), 4.5)
 
 
 def test_multiplicity_above_the_number_of_runs_is_estimated():

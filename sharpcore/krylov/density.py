@@ -358,8 +358,8 @@ class Density:
             mean, spread = mean_and_error(sums.mT, torch.zeros_like(exact))
         else:
             mean, free = sums.mean(1), rules.free
-            squares = (rules.weights * nodes.square()).sum(-1).mean(1)
-            variance = (squares - mean.square() / free.clamp_min(1)).clamp_min(0)
+            centre = (mean / free.clamp_min(1))[:, None, None]
+            variance = (rules.weights * (nodes - centre).square()).sum(-1).mean(1)
             spread = (2 * variance * free / (free + 2) / self.probes).sqrt()
         return Estimate(exact + mean, torch.hypot(spread, error), self.probes, self.products)
 

@@ -19,7 +19,10 @@ _BREAKDOWN = 64
 _CONVERGED = 1e-4
 # Eigenvalues of the Gram matrix of one unit vector of each run: below the first they repeat a direction,
 # above the second they add one; between, nothing is decided.
-_SAME, _FURTHER = 1e-4, 1e-2
+_SAME, _FURTHER = 1e-6, 1e-2
+# Runs beyond the dimension of an eigenspace without which it is not told: as many directions as dimensions
+# may by chance be nearly dependent.
+_SPARE = 2
 # Shares of a start that are rounding.
 _ABSENT = 1e-14
 # Nodes of a run that may belong to one eigenvalue.
@@ -103,7 +106,7 @@ def quadrature_rules(
     rounding = target.rounding * norm
     raw = weights = ritz.weights * free[:, None]
     eigenvalues = [known]
-    if lock and probes > 1:
+    if lock and probes > _SPARE:
         weights, left, locked = _lock(runs, ritz, raw, free, norm, rounding)
         eigenvalues.append(locked)
         free = left
@@ -267,7 +270,7 @@ def _lock(
     """Take the eigenvalues at both ends that all runs of a sample have found out of the rules.
 
     A run sees one vector of an eigenspace, and more once rounding has brought others in; as many as are
-    independent among all runs are its dimension, if that is less than the number of runs. Returns the weights
+    independent among all runs are its dimension, if there are runs to spare. Returns the weights
     and dimensions left, and the eigenvalues.
     """
     probes = len(weights)
@@ -291,7 +294,7 @@ def _lock(
     angles = torch.linalg.eigvalsh(vectors @ vectors.mT).cpu()
     multiplicity = (angles > _FURTHER).sum(-1)
     clear = ((angles <= _SAME) | (angles > _FURTHER)).all(-1)
-    taken = counts[..., 0] & clear & (multiplicity < probes)
+    taken = counts[..., 0] & clear & (multiplicity <= probes - _SPARE)
     multiplicity = torch.where(taken, multiplicity, 0)
     # What lies within an eigenvalue's interval is of it, in runs as well that hold it as several nodes.
     nodes, reach = ritz.values[..., None], of_groups(reach.expand_as(values), 0.0).amax((0, 3))
