@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.krylov.estimation import Operator, Probed, mean_and_error
+from sharpcore.krylov.operator import precision_defaults
 from sharpcore.krylov.quadrature import Rules, quadrature_rules
 from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Estimate, Solution
@@ -86,9 +87,8 @@ def spectral_density(
         block=probes if block is None else block,
         batched=batched,
     )
-    low = target.op.rounding > 1e-3
     if symmetry_tolerance is None:
-        symmetry_tolerance = 1e-8 if target.op.rounding < 1e-12 else 0.1 if low else 1e-3
+        symmetry_tolerance = precision_defaults(target.op.rounding)[1]
     rules = quadrature_rules(target, probes, steps, deflate, lock, symmetry_tolerance)
     return Density(
         rules=rules, dimension=target.dimension, kind=kind, products=target.products, rounding=target.rounding

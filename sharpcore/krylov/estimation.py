@@ -13,7 +13,7 @@ from sharpcore.backends import get_backend
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.operator import BatchedOperator, Multiply, as_batched
 from sharpcore.krylov.probes import probes
-from sharpcore.krylov.run import check_count
+from sharpcore.krylov.run import check_count, sample_numbers
 from sharpcore.operators import CurvatureOperator
 
 Operator = CurvatureOperator | BatchedOperator | Tensor
@@ -198,16 +198,6 @@ def mean_and_error(values: Tensor, floor: Tensor) -> tuple[Tensor, Tensor]:
     count = len(values)
     error = values.std(0) * (student(count) / math.sqrt(count))
     return values.mean(0), torch.hypot(error, floor)
-
-
-def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> list[int]:
-    """The numbers that tell the samples' probes apart, by default 0 .. B - 1."""
-    if sample_ids is None:
-        return list(range(samples))
-    numbers = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
-    if len(numbers) != samples:
-        raise InvalidInput(f"sample_ids: expected {samples}, one for each sample; got {len(numbers)}")
-    return numbers
 
 
 def _shifts(

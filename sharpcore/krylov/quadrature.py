@@ -11,10 +11,9 @@ from torch import Tensor
 
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.estimation import Probed
+from sharpcore.krylov.operator import closing_share
 from sharpcore.krylov.solution import Solution
 
-# Couplings below this many roundings of the products end a run: what follows is rounding.
-_BREAKDOWN = 64
 # Residuals beside ||A|| up to which a pair is deflated, or a node taken for an eigenvalue.
 _CONVERGED = 1e-4
 # Eigenvalues of the Gram matrix of one unit vector of each run: below the first they repeat a direction,
@@ -196,7 +195,7 @@ def _run(target: Probed, probes: int, steps: int, vectors: Tensor, fixed: Tensor
         active = torch.where(alive.to(target.device)[:, None], basis[everyone, places[:, j]], 0.0)
         image = target.multiply(active.reshape(probes, samples, d)).reshape(1, problems, d)
         norms = torch.maximum(norms, torch.linalg.vector_norm(image[0], dim=1).cpu())
-        floor = _BREAKDOWN * target.op.rounding * norms
+        floor = closing_share(target.op.rounding) * norms
         sizes += alive
         now = torch.where(alive, offsets + sizes, -1)
         growth = target.grow_basis(basis, now, image, floor=floor, limit=rows)
@@ -216,7 +215,7 @@ def _run(target: Probed, probes: int, steps: int, vectors: Tensor, fixed: Tensor
         projected=shaped(projected.cpu()),
         sizes=shaped(sizes),
         rests=shaped(rests),
-        floors=shaped(_BREAKDOWN * target.op.rounding * norms),
+        floors=shaped(closing_share(target.op.rounding) * norms),
     )
 
 
