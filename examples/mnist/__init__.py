@@ -1,0 +1,1 @@
+"""MNIST: one "9" repeated against all "3"."""
