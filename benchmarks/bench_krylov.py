@@ -45,7 +45,7 @@ RIVALS = {
     "eigsh, a call an end": Rival(eigensolvers.eigsh_ends, eigensolvers.TOLERANCES),
     "PRIMME": Rival(eigensolvers.primme),
     "PRIMME, blocks of 10": Rival(functools.partial(eigensolvers.primme, block=10)),
-    "lobpcg": Rival(eigensolvers.lobpcg),
+    "lobpcg": Rival(eigensolvers.lobpcg, (TOLERANCE,)),
 }
 USUAL = "{}, by torch.func.jvp and vjp"
 
