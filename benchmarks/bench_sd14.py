@@ -17,7 +17,15 @@ from problems import Problem
 
 # GiB beside the weights. torch.func.jvp holds several matrices of 4096 x 4096 for each of 16 heads.
 FORWARD_MODE_NEEDS = 8.0
-PEAKS = ("forward", "relinearize", "product, K=1", "product, K=8, per tangent", "central difference")
+BUDGETED = ("linearize (trace), memory budget", "product, K=1, memory budget")
+PEAKS = (
+    "forward",
+    "relinearize",
+    "product, K=1",
+    "product, K=8, per tangent",
+    "central difference",
+    *BUDGETED,
+)
 
 
 @pytest.mark.sd14
@@ -32,6 +40,7 @@ def test_sd14(table: Any, benchmark: Any) -> None:
         table.measure()
         # What was kept for the products goes before other candidates need the memory.
         problem.release()
+        add(table, problem, *BUDGETED, turns=2)
         add(table, problem, "linearize (trace)", "one-off product (linearize and K=1)", turns=2)
         add(table, problem, "central difference", turns=2)
         add(table, problem, "torch.func.jvp", turns=1, needs=FORWARD_MODE_NEEDS)

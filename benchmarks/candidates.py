@@ -26,9 +26,11 @@ class Candidate:
     compiled: bool = False  # compiles in its first call: measured in a process of its own, with a time limit
 
 
-def _ours(work: str, count: int = 1, precision: str = "float32") -> Callable[[Problem], Run]:
+def _ours(
+    work: str, count: int = 1, precision: str = "float32", *, budgeted: bool = False
+) -> Callable[[Problem], Run]:
     def prepare(problem: Problem) -> Run:
-        linearization = problem.linearization(precision)
+        linearization = problem.linearization(precision, budgeted=budgeted)
         vectors = (problem.tangents if work == "jvp" else problem.cotangents)[:count]
         getattr(linearization, work)(vectors)  # the first product with so many vectors plans its buffers
         return lambda: getattr(linearization, work)(vectors)
@@ -72,6 +74,10 @@ CANDIDATES: dict[str, Candidate] = {
     "one-off product (linearize and K=1)": Candidate(
         lambda p: lambda: sharpcore.linearize(p.f, p.x).jvp(p.tangents[:1]), rival=False
     ),
+    "linearize (trace), memory budget": Candidate(
+        lambda p: lambda: sharpcore.linearize(p.f, p.x, memory_budget=p.budget), "value", rival=False
+    ),
+    "product, K=1, memory budget": Candidate(_ours("jvp", budgeted=True), rival=False),
     "bfloat16 product, K=1": Candidate(_ours("jvp", 1, "bfloat16"), rival=False),
     "bfloat16 product, K=8, per tangent": Candidate(_ours("jvp", 8, "bfloat16"), per=8, rival=False),
     "bfloat16 transposed product, K=1": Candidate(_ours("vjp", 1, "bfloat16"), "pulled", rival=False),

@@ -32,13 +32,19 @@ class Problem:
         self.tangents = torch.randn((MOST_TANGENTS, *self.x.shape), generator=generator)
         self.cotangents = self.tangents
         self.truth: dict[str, Tensor] = {}
-        self._linearizations: dict[str, sharpcore.Linearization] = {}
+        self.budget = configs.BUDGETS.get(network)
+        self._linearizations: dict[tuple[str, bool], sharpcore.Linearization] = {}
 
-    def linearization(self, precision: str = "float32") -> sharpcore.Linearization:
-        """The linearization at x that the products share; float32 or with products in bfloat16."""
-        if precision not in self._linearizations:
-            self._linearizations[precision] = sharpcore.linearize(self.f, self.x, precision=precision)
-        return self._linearizations[precision]
+    def linearization(self, precision: str = "float32", *, budgeted: bool = False) -> sharpcore.Linearization:
+        """The linearization at x that the products share; float32 or with products in bfloat16, within the
+        network's memory budget or not."""
+        key = precision, budgeted
+        if key not in self._linearizations:
+            budget = self.budget if budgeted else None
+            self._linearizations[key] = sharpcore.linearize(
+                self.f, self.x, precision=precision, memory_budget=budget
+            )
+        return self._linearizations[key]
 
     def release(self) -> None:
         """Give the memory of the linearizations back."""

@@ -18,6 +18,13 @@ _EXPORTS = {
     "SharpnessScorer": "sharpcore.pipeline",
     "SharpnessCallback": "sharpcore.callback",
     "ScoreTable": "sharpcore.table",
+    "Curvature": "sharpcore.curvature",
+    "curvature_at": "sharpcore.curvature",
+    "curvature_along": "sharpcore.curvature",
+    "spectrum": "sharpcore.spectra",
+    "SpectrumTable": "sharpcore.spectra",
+    "PosteriorCovariance": "sharpcore.posterior",
+    "posterior_modes": "sharpcore.posterior",
 }
 _ERRORS = (
     "SharpcoreError",
@@ -34,6 +41,9 @@ __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
     from sharpcore.callback import SharpnessCallback as SharpnessCallback
+    from sharpcore.curvature import Curvature as Curvature
+    from sharpcore.curvature import curvature_along as curvature_along
+    from sharpcore.curvature import curvature_at as curvature_at
     from sharpcore.errors import InvalidInput as InvalidInput
     from sharpcore.errors import MissingDependency as MissingDependency
     from sharpcore.errors import NonFiniteError as NonFiniteError
@@ -47,7 +57,11 @@ if TYPE_CHECKING:
     from sharpcore.operators import HessianDifference as HessianDifference
     from sharpcore.operators import ScoreJacobian as ScoreJacobian
     from sharpcore.pipeline import SharpnessScorer as SharpnessScorer
+    from sharpcore.posterior import PosteriorCovariance as PosteriorCovariance
+    from sharpcore.posterior import posterior_modes as posterior_modes
     from sharpcore.score import ScoreFunction as ScoreFunction
+    from sharpcore.spectra import SpectrumTable as SpectrumTable
+    from sharpcore.spectra import spectrum as spectrum
     from sharpcore.table import ScoreTable as ScoreTable
 
 

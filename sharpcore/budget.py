@@ -1,79 +1,325 @@
-"""The choice of what a linearization keeps and what it recomputes, so that it fits into a given memory."""
+"""The choice of what a linearization keeps and what every product makes again, so that it fits into a given
+memory."""
 
 from __future__ import annotations
 
+import heapq
 import itertools
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from sharpcore.errors import OutOfMemory
 from sharpcore.program import Program
 from sharpcore.residuals import Segment
+from sharpcore.rules import LinearMap
+from sharpcore.rules.pointwise import Sum
 
-# How finely a program is cut: fine segments take less memory while one is made again, and more checkpoints.
-_CUTS = (8, 16, 32, 64, 128)
+# Work is counted in FLOPs of matrix products; writing a byte of an elementwise result takes about as long as
+# so many, and so does copying a byte of a weight.
+_MOVED, _COPIED = 16, 32
+# How long segments are, in operations, about: short ones take less memory while they are made again, and more
+# checkpoints.
+_LENGTHS = (3, 6, 12, 24, 48, 96)
+# Inside a segment results of at least so many FLOPs a byte are kept rather than made again.
+_THRESHOLDS = (0.0, 128.0, 512.0, 2048.0, 8192.0, math.inf)
+
+Memory = Mapping[Hashable, int]  # bytes by what tells one piece of memory from another
 
 
-def choose_segments(
-    program: Program, kept: Sequence[int], input_bytes: int, weights: int, budget: float
-) -> list[Segment]:
-    """The segments to recompute in every product so that what is kept, the checkpoints and the largest
-    recomputed segment together take at most `budget` bytes; as little work as possible.
+@dataclass(frozen=True)
+class Choice:
+    """What is made again in every product, and what the rest takes, in bytes.
 
-    `kept` are the bytes that each node's map takes, `weights` those of copied weights. Raises OutOfMemory
-    where no choice fits.
+    `again` are the ids of the weights of which no copy is kept. `kept` are residuals and checkpoints,
+    `copies` the kept copies of weights, `transient` the largest segment with the largest copy that is made
+    again, and `workspace` the tangents of a product with one vector.
     """
-    if sum(kept) + weights <= budget:
-        return []
-    sizes = _value_bytes(program, input_bytes)
-    best: tuple[int, list[Segment]] | None = None
-    least = float(weights + sum(kept))
-    for cuts in _CUTS:
-        segments = _cut(program, kept, cuts)
-        weight = {segment: sum(kept[segment.start : segment.stop]) for segment in segments}
-        gain = {segment: weight[segment] - sum(sizes[v] for v in segment.needs) for segment in segments}
-        chosen: list[Segment] = []
-        for segment in sorted(segments, key=lambda s: -gain[s]):
-            chosen.append(segment)
-            checkpoints = sum(sizes[value] for value in {v for s in chosen for v in s.needs})
-            redone = sum(weight[s] for s in chosen)
-            needed = weights + sum(kept) - redone + checkpoints + max(weight[s] for s in chosen)
-            least = min(least, needed)
-            if needed <= budget:
-                if best is None or redone < best[0]:
-                    best = (redone, sorted(chosen, key=lambda s: s.start))
-                break
+
+    segments: tuple[Segment, ...] = ()
+    again: frozenset[Hashable] = frozenset()
+    work: float = 0.0
+    kept: int = 0
+    copies: int = 0
+    transient: int = 0
+    workspace: int = 0
+
+    @property
+    def needed(self) -> int:
+        """All together."""
+        return self.kept + self.copies + self.transient + self.workspace
+
+
+def choose(
+    program: Program,
+    maps: Sequence[LinearMap | None],
+    memory: Sequence[Memory],
+    copies: Memory,
+    workspace: int,
+    budget: float,
+) -> Choice:
+    """What to make again in every product so that everything that is kept for it, and what it makes, take at
+    most `budget` bytes; as little work as possible.
+
+    `memory` is what each node's map keeps, `copies` the copies of weights by the id of the weight, and
+    `workspace` what the tangents of a product with one vector take. What costs the least time for a byte goes
+    first: a copy of a weight costs 32 FLOPs a byte, a result of a layer of width d some d/2 and more. Raises
+    OutOfMemory where no choice fits.
+    """
+    facts = _Facts(program, maps, memory)
+    everything = _State(facts, copies, workspace).choice()
+    if everything.needed <= budget:
+        return everything
+    best: Choice | None = None
+    least = everything.needed
+    for length in _LENGTHS:
+        found, lowest = _greedy(facts, _cut(program, length), copies, workspace, budget)
+        least = min(least, lowest)
+        if found is not None and (best is None or found.work < best.work):
+            best = found
     if best is None:
         raise OutOfMemory(
-            f"memory_budget: at least {least:.0f} bytes are needed to multiply with this network at this "
-            f"size, with nearly everything recomputed in each product; got {budget:.0f}"
+            f"memory_budget: at least {least} bytes are needed to multiply with this network at this "
+            f"size, with nearly everything made again in each product; got {budget:.0f}"
         )
-    return best[1]
+    held = frozenset(value for segment in best.segments for value in segment.needs)
+    final = (facts.segment(s.start, s.stop, math.inf, held) for s in best.segments)
+    return replace(best, segments=tuple(final))
 
 
-def _value_bytes(program: Program, input_bytes: int) -> dict[int, int]:
-    sizes = dict.fromkeys((program.x, *program.bound), input_bytes)
-    for node in program.nodes:
-        for value, size in zip(node.outputs, node.nbytes, strict=True):
-            if value is not None:
-                sizes[value] = size
-    return sizes
+def workspace_bytes(program: Program, maps: Sequence[LinearMap | None]) -> int:
+    """What the tangents of one vector that are alive together take at most, about."""
+    sizes = {v: n for node in program.nodes for v, n in zip(node.outputs, node.nbytes, strict=True)}
+    places: dict[int | None, Hashable] = {
+        v: m[0] for node in program.nodes for v, m in zip(node.outputs, node.memory, strict=True)
+    }
+    region: dict[int, int] = {program.x: program.x}  # by value: the value that its memory was made for
+    users: Counter[int] = Counter([program.x])
+    total = most = 0
+    for step in program.steps:
+        adds = isinstance(maps[step.node], Sum)
+        for value in step.outputs:
+            if value is None:
+                continue
+            shared = [v for v in step.inputs if v in region and places.get(v) == places[value]]
+            if adds:  # the sum takes over the memory of an operand that ends here
+                dying = (v for v in step.inputs if v in step.dead and users[region[v]] == 1)
+                shared = [v for v in dying if sizes.get(v) == sizes[value]]
+            region[value] = region[shared[0]] if shared else value
+            users[region[value]] += 1
+            total += 0 if shared else sizes[value]
+        most = max(most, total)
+        for value in step.dead:
+            users[region[value]] -= 1
+            if not users[region[value]]:
+                total -= sizes.get(region[value], 0)
+    return most
 
 
-def _cut(program: Program, kept: Sequence[int], cuts: int) -> list[Segment]:
-    """Stretches of about equal bytes, cut where few values cross."""
+class _Facts:
+    """What a choice weighs: the bytes of maps and values, and the work of every operation."""
+
+    def __init__(self, program: Program, maps: Sequence[LinearMap | None], memory: Sequence[Memory]) -> None:
+        self.program, self.memory = program, memory
+        self.values: dict[int, tuple[Hashable, int]] = {}
+        self.work: list[float] = []
+        self._intense: list[float] = []
+        for node, instruction in zip(program.nodes, maps, strict=True):
+            before = {self.values[value][0] for value in node.refs() if value in self.values}
+            made = 0
+            for value, place in zip(node.outputs, node.memory, strict=True):
+                if value is not None:
+                    self.values[value] = place
+                    made += place[1] if place[0] not in before else 0
+            flops = 0 if instruction is None else instruction.flops(1)
+            self.work.append(flops + _MOVED * made)
+            self._intense.append(flops / made if made else 0.0)
+        self.in_maps = {key for keys in memory for key in keys}
+
+    def segment(self, start: int, stop: int, threshold: float, held: frozenset[int] = frozenset()) -> Segment:
+        """Nodes [start, stop) with their maps made again, from results of earlier nodes, of those of at least
+        so many FLOPs a byte, and of those that are held anyway."""
+        needed: set[int] = set()
+        needs: set[int] = set()
+        runs: set[int] = set()
+        for index in range(stop - 1, start - 1, -1):
+            node = self.program.nodes[index]
+            outputs = {value for value in node.outputs if value is not None}
+            asked = needed & outputs
+            if not (node.remade or asked):
+                continue
+            keeps = self._intense[index] >= threshold
+            if node.remade and node.restores and (keeps or outputs <= held):
+                needs |= outputs
+                needed.update(node.refs())
+            elif not node.remade and (keeps or asked <= held):
+                needs |= asked
+            else:
+                runs.add(index)
+                needed.update(node.refs())
+            needed -= outputs
+        return Segment(start, stop, tuple(sorted(needs | needed)), frozenset(runs))
+
+    def held(self, values: Iterable[int]) -> dict[Hashable, int]:
+        """The memory of values; that of the inputs is not counted."""
+        return dict(self.values[value] for value in values if value in self.values)
+
+    def maps(self, segment: Segment) -> dict[Hashable, int]:
+        """What the maps of a segment keep."""
+        merged: dict[Hashable, int] = {}
+        for index in range(segment.start, segment.stop):
+            merged.update(self.memory[index])
+        return merged
+
+    def peak(self, segment: Segment) -> int:
+        """The most that is alive while the maps of a segment are made, checkpoints not counted."""
+        given = self.held(segment.needs)
+        alive: dict[int, tuple[Hashable, int]] = {}
+        made: dict[Hashable, int] = {}
+        most = 0
+        for index in range(segment.start, segment.stop):
+            node = self.program.nodes[index]
+            if index in segment.runs:
+                alive.update((v, self.values[v]) for v in node.outputs if v is not None)
+            if node.remade:
+                made.update(self.memory[index])
+            together = made | dict(alive.values())
+            if node.overwrites and index in segment.runs and node.args[0].value in alive:
+                together.pop(alive[node.args[0].value][0])  # the factors lie where the projection was
+            most = max(most, sum(size for key, size in together.items() if key not in given))
+            for value in self.program.dead[index]:
+                alive.pop(value, None)
+        return most
+
+
+@dataclass(frozen=True)
+class _Option:
+    """One way of making a segment again."""
+
+    segment: Segment
+    work: float
+    saving: int  # about: what neighbours share is not known
+    peak: int
+
+
+class _State:
+    """A choice under construction, with its memory."""
+
+    def __init__(self, facts: _Facts, copies: Memory, workspace: int) -> None:
+        self._facts, self._copies, self._workspace = facts, copies, workspace
+        self.chosen: dict[int, _Option] = {}  # by the start of the segment
+        self.again: set[Hashable] = set()
+        self._users: Counter[Hashable] = Counter()
+        self._sizes: dict[Hashable, int] = {}
+        self._kept = 0
+        for memory in facts.memory:
+            self._count(memory, 1)
+
+    def _count(self, memory: Memory, change: int) -> None:
+        for key, size in memory.items():
+            before = self._users[key]
+            self._users[key] = before + change
+            if before == 0:
+                self._sizes[key] = size
+                self._kept += size
+            elif before + change == 0:
+                self._kept -= self._sizes[key]
+
+    def set(self, start: int, option: _Option | None) -> None:
+        """Make a segment again in this way; None: keep its maps."""
+        old = self.chosen.pop(start, None)
+        for one, change in ((old, 1), (option, -1)):
+            if one is not None:
+                self._count(self._facts.held(one.segment.needs), -change)
+                for index in range(one.segment.start, one.segment.stop):
+                    self._count(self._facts.memory[index], change)
+        if option is not None:
+            self.chosen[start] = option
+
+    def choice(self) -> Choice:
+        """What has been chosen so far."""
+        options = [self.chosen[start] for start in sorted(self.chosen)]
+        again = [self._copies[key] for key in self.again]
+        return Choice(
+            segments=tuple(option.segment for option in options),
+            again=frozenset(self.again),
+            work=sum(option.work for option in options) + _COPIED * sum(again),
+            kept=self._kept,
+            copies=sum(self._copies.values()) - sum(again),
+            transient=max((option.peak for option in options), default=0) + max(again, default=0),
+            workspace=self._workspace,
+        )
+
+
+def _greedy(
+    facts: _Facts, bounds: Sequence[int], copies: Memory, workspace: int, budget: float
+) -> tuple[Choice | None, int]:
+    """Give up what costs the least work a byte until the rest fits; with it the least that was seen to be
+    needed."""
+    options = {start: _options(facts, start, stop) for start, stop in itertools.pairwise(bounds)}
+    state = _State(facts, copies, workspace)
+    weights = sorted(copies, key=lambda key: -copies[key])  # the smallest first: the largest counts twice
+    queue: list[tuple[float, int, int]] = []  # work a byte, segment, option
+
+    def propose(start: int) -> None:
+        old = state.chosen.get(start)
+        work, saving = (old.work, old.saving) if old is not None else (0.0, 0)
+        further = [
+            ((option.work - work) / (option.saving - saving), start, number)
+            for number, option in enumerate(options[start])
+            if option.saving > saving
+        ]
+        if further:
+            heapq.heappush(queue, min(further))
+
+    for start in options:
+        propose(start)
+    least = state.choice().needed
+    while (weights or queue) and least > budget:
+        if weights and (not queue or queue[0][0] >= _COPIED):
+            state.again.add(weights.pop())
+        else:
+            _, start, number = heapq.heappop(queue)
+            state.set(start, options[start][number])
+            propose(start)
+        least = min(least, state.choice().needed)
+    if least > budget:
+        return None, least
+    for start in sorted(state.chosen, key=lambda s: -state.chosen[s].work):
+        option = state.chosen[start]
+        state.set(start, None)  # what was given up for more than its neighbours needed comes back
+        if state.choice().needed > budget:
+            state.set(start, option)
+    return state.choice(), least
+
+
+def _options(facts: _Facts, start: int, stop: int) -> list[_Option]:
+    """The ways of making a segment again that differ, where they save anything."""
+    found: dict[Segment, _Option] = {}
+    for threshold in _THRESHOLDS:
+        segment = facts.segment(start, stop, threshold)
+        if segment in found:
+            continue
+        maps, held = facts.maps(segment), facts.held(segment.needs)
+        saving = sum(size for key, size in maps.items() if key not in held)
+        saving -= sum(size for key, size in held.items() if key not in facts.in_maps)
+        if saving > 0:
+            work = sum(facts.work[index] for index in segment.runs)
+            found[segment] = _Option(segment, work, saving, facts.peak(segment))
+    return list(found.values())
+
+
+def _cut(program: Program, length: int) -> list[int]:
+    """Where segments begin, and the end: `length` to three times as many operations, cut where the fewest
+    bytes cross."""
     crossing = _crossing_bytes(program)
-    target, total, start = sum(kept) / cuts, 0, 0
+    count = len(program.nodes)
     bounds = [0]
-    for index, size in enumerate(kept):
-        total += size
-        if total - start >= target:
-            window = range(max(bounds[-1] + 1, index - len(kept) // (4 * cuts)), index + 2)
-            cut = min(window, key=lambda i: crossing[i] if i < len(crossing) else 0)
-            bounds.append(cut)
-            start = total
-    if bounds[-1] < len(kept):
-        bounds.append(len(kept))
-    return [_segment(program, first, last) for first, last in itertools.pairwise(bounds)]
+    while count - bounds[-1] > 3 * length:
+        window = range(bounds[-1] + length, bounds[-1] + 3 * length + 1)
+        bounds.append(min(window, key=lambda i: (crossing[i], -i)))
+    return [*bounds, count]
 
 
 def _crossing_bytes(program: Program) -> list[int]:
@@ -87,18 +333,9 @@ def _crossing_bytes(program: Program) -> list[int]:
         for made, size in zip(node.outputs, node.nbytes, strict=True):
             if made is not None and made in last:
                 change[index + 1] += size
-                change[min(last[made] + 1, len(program.nodes))] -= size
+                change[last[made] + 1] -= size
     crossing, total = [], 0
     for step in change[:-1]:
         total += step
         crossing.append(total)
     return crossing
-
-
-def _segment(program: Program, start: int, stop: int) -> Segment:
-    made: set[int] = set()
-    needs: dict[int, None] = {}
-    for node in program.nodes[start:stop]:
-        needs.update(dict.fromkeys(value for value in node.refs() if value not in made))
-        made.update(value for value in node.outputs if value is not None)
-    return Segment(start, stop, tuple(needs))

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from sharpcore.lowering import Float32
 from sharpcore.rules import LinearMap, storage_of
 
 if TYPE_CHECKING:
@@ -28,18 +27,16 @@ class Cost:
         return self.flops[0] + (k - 1) * self.flops[1]
 
 
-def cost_of(instruction: LinearMap, seen: set[int], *, recomputed: bool = False) -> Cost:
-    """The cost of a map; `seen` is the memory that other maps keep, and grows by its own."""
+def cost_of(instruction: LinearMap, seen: set[int] | None) -> Cost:
+    """The cost of a map; `seen` is the memory that other maps keep, and grows by its own. None: the map is
+    made again in every product."""
     kept = 0
-    for _, tensor in instruction.residuals():
-        key, size = storage_of(tensor)
-        if key not in seen:
-            seen.add(key)
-            kept += size
-    inner = instruction.inner if isinstance(instruction, Float32) else instruction
-    kind = type(inner).__name__ + (" in float32" if inner is not instruction else "")
+    if seen is not None:
+        found = dict(storage_of(tensor) for _, tensor in instruction.residuals())
+        kept = sum(size for key, size in found.items() if key not in seen)
+        seen.update(found)
     one = instruction.flops(1)
-    return Cost(kind, kept, (one, instruction.flops(2) - one), recomputed)
+    return Cost(instruction.kind, kept, (one, instruction.flops(2) - one), recomputed=seen is None)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,15 @@ from typing import Any
 
 from sharpcore.errors import InvalidInput
 from sharpcore.prompts import PromptRow
-from sharpcore.table import Row, ScoreTable, column_types, parquet_metadata, table_format, write_rows
+from sharpcore.table import (
+    Row,
+    ScoreTable,
+    column_types,
+    metric_names,
+    parquet_metadata,
+    table_format,
+    write_rows,
+)
 
 # A constant, so that a resumed run writes the same bytes as one that was never stopped.
 ROW_GROUP = 1024
@@ -21,12 +29,14 @@ _VERSION = 1
 class Journal:
     """The finished rows of a run, kept in `<output>.partial.jsonl` until `finish` makes `output` of them.
 
+    `complete` says that the output was found with all of them, so that there is nothing to do.
+
     The first line of the journal holds the run's settings, every further line the rows of one block of
     prompts; each is on disk (fsync) when `append` returns. Rows are keyed by the index of their prompt in the
     input, so prompts may repeat.
 
-    `prompts` is the whole input; `settings` is a JSON object of all that decides the numbers,
-    `settings["steps"]` and `settings["metrics"]` say which rows and columns there are. Raises InvalidInput if
+    `prompts` is the whole input; `settings` is a JSON object of all that decides the numbers, and says
+    which rows and columns a prompt has in this kind of `table`. Raises InvalidInput if
     the output or its journal exists and neither `resume` nor `overwrite` is given, if `resume` finds other
     settings or other prompts (the message says which), or if another process is writing the same output.
     """
@@ -39,14 +49,17 @@ class Journal:
         *,
         resume: bool = False,
         overwrite: bool = False,
+        table: type[ScoreTable] = ScoreTable,
     ) -> None:
         self.output = Path(output)
         self.path = _journal_path(self.output)
         self.format = table_format(self.output)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings, allow_nan=False))
         self.finished = 0
+        self.complete = False
         self._prompts = prompts
-        self._rows_per_prompt = len(settings["steps"])
+        self._table = table
+        self._rows_per_prompt = len(table.empty_rows(settings, [0.0] * len(settings["steps"])))
         check_output(self.output, resume=resume, overwrite=overwrite)
         self._size = 0
         self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
@@ -86,8 +99,7 @@ class Journal:
         """Add the rows of the prompts from index `first` on; they are on disk on return, or (on any error)
         not in the journal.
 
-        `rows` holds one row per prompt and step, in order. Raises ValueError unless they continue the
-        journal.
+        `rows` holds all rows of each prompt, in order. Raises ValueError unless they continue the journal.
         """
         count, rest = divmod(len(rows), self._rows_per_prompt)
         if first != self.finished or rest:
@@ -129,11 +141,9 @@ class Journal:
             yield self.finished
 
     def _bad_rows(self, prompt: PromptRow, timesteps: Sequence[float]) -> list[Row]:
-        numbers = [f"{name}{end}" for name in self.settings["metrics"] for end in ("", "_se", "_seeds")]
         first: Row = {"prompt": prompt.prompt, **prompt.columns}
-        last: Row = dict.fromkeys(numbers) | {"error": prompt.error}
-        places = zip(self.settings["steps"], timesteps, strict=True)
-        return [first | {"step": step, "timestep": timestep} | last for step, timestep in places]
+        places = self._table.empty_rows(self.settings, timesteps)
+        return [first | place | {"error": prompt.error} for place in places]
 
     def failed(self) -> int:
         """How many of the finished prompts have an error."""
@@ -154,7 +164,7 @@ class Journal:
             write_rows(
                 temporary,
                 self.rows(),
-                column_types(self.rows()),
+                column_types(self.rows(), self._table.standard),
                 format=self.format,
                 row_group=ROW_GROUP,
                 metadata=metadata,
@@ -230,20 +240,44 @@ class Journal:
         return size
 
     def _take_over_output(self) -> None:
-        """Begin the journal with the rows of an output that lost its own."""
-        if self.format != "parquet":
+        """Begin the journal with the rows of an output that lost its own, unless that has all of them."""
+        rows = self._table.read(self.output).rows
+        whole = len(rows) == len(self._prompts) * self._rows_per_prompt
+        if self.format == "parquet":
+            metadata = parquet_metadata(self.output)
+            self._compare_settings(metadata.get("settings", {}), self.output)
+        elif whole:
+            self._compare_settings(self._settings_of(rows), self.output, partly=True)
+        else:
             raise InvalidInput(
                 f"{self.output}: nothing to resume: there is no {self.path.name} beside it, and a "
                 f"{self.format} file does not say with which settings it was made; --overwrite starts anew"
             )
-        metadata = parquet_metadata(self.output)
-        self._compare_settings(metadata.get("settings", {}), self.output)
-        rows = ScoreTable.read(self.output).rows
         self._compare_prompts(rows, 0, self.output)
-        self.append(0, rows)
+        if whole:
+            self.finished, self.complete = len(self._prompts), True
+        else:
+            self.append(0, rows)
 
-    def _compare_settings(self, there: Mapping[str, Any], path: Path) -> None:
-        names = [*there, *(name for name in self.settings if name not in there)]
+    def _settings_of(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What rows tell of the settings that made them: steps; of scores also the metrics, and the seeds
+        where their number is another one."""
+        first = rows[: self._rows_per_prompt]
+        steps = [row.get("step") for row in first]
+        found: dict[str, Any] = {"steps": list(dict.fromkeys(steps))}
+        if "metrics" not in self.settings:
+            return found
+        found["metrics"] = list(metric_names(first[0])) if first else self.settings["metrics"]
+        seeds = self.settings["seeds"]
+        for row in rows:
+            for name in found["metrics"]:
+                scores = row.get(f"{name}_seeds")
+                if scores is not None and len(scores) != len(seeds):
+                    found["seeds"] = f"{len(scores)} of them"
+        return found
+
+    def _compare_settings(self, there: Mapping[str, Any], path: Path, *, partly: bool = False) -> None:
+        names = [*there, *(name for name in self.settings if name not in there and not partly)]
         differing = [
             f"{name} (there {there.get(name)!r}, now {self.settings.get(name)!r})"
             for name in names
@@ -264,7 +298,9 @@ class Journal:
                 )
             prompt = self._prompts[index]
             for name, value in [("prompt", prompt.prompt), *prompt.columns.items()]:
-                if row.get(name) != value:
+                if row.get(name) != value and not (
+                    path.suffix == ".csv" and _csv_text(row.get(name)) == _csv_text(value)
+                ):
                     raise InvalidInput(
                         f"--resume: the input is not the one {path} was made from: row {index + 1} has "
                         f"{name} {value!r}, there it is {row.get(name)!r}"
@@ -288,6 +324,13 @@ def check_output(output: Path, *, resume: bool, overwrite: bool) -> None:
     ):
         if path.exists():
             raise InvalidInput(f"{path}: {what}; --resume goes on with it, --overwrite starts anew")
+
+
+def _csv_text(value: Any) -> str:
+    """A value as a CSV file tells it."""
+    if value is None or isinstance(value, str):
+        return value or ""
+    return json.dumps(value) if isinstance(value, (list, dict)) else str(value)
 
 
 def _journal_path(output: Path) -> Path:

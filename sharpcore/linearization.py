@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import get_backend
-from sharpcore.budget import choose_segments
+from sharpcore.budget import Choice, choose, workspace_bytes
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.explain import cost_of
+from sharpcore.explain import Cost, cost_of
 from sharpcore.lowering import Lowering, WeightCopies
 from sharpcore.program import Program
-from sharpcore.residuals import Dropped, Residuals, Segment, kept_bytes
+from sharpcore.residuals import Dropped, Residuals, kept_memory
 from sharpcore.rules import LinearMap, storage_of
 from sharpcore.trace import trace
 from sharpcore.workspace import Workspace
@@ -49,9 +49,10 @@ def linearize(
         rounded to bfloat16 and sums are formed in float32; the value stays as it is. A relative error of
         about 1e-2 for less time and memory. Networks in another dtype are multiplied with in their own.
     memory_budget
-        How many bytes may be kept for the derivative beside the network itself, those of the products'
-        workspace not counted. Where that is not enough, parts of the network are run again in every product;
-        `explain` says which. None: everything is kept.
+        How many bytes a product with one vector may take beside the network itself and the pass that
+        linearizes: residuals, copies of weights, and the workspace. Where that is not enough, copies of
+        weights are made anew in every product and parts of the network run again; `explain` says which. None:
+        everything is kept.
 
     Raises
     ------
@@ -111,7 +112,9 @@ class Linearization:
         self._ready = False
         self._workspace = Workspace()
         with _plain_precision(x):
-            budget = self._lowering.unrounded(self.memory_budget)
+            # The other half is for the pass itself, which goes on while its maps pile up.
+            half = None if self.memory_budget is None else max(1, self.memory_budget // 2)
+            budget = self._lowering.unrounded(half)
             self.program, maps, self.value, parameters = trace(self._f, x, bound, self.backend, budget)
         with torch.inference_mode(False):
             self.x = x.detach().clone()
@@ -124,61 +127,63 @@ class Linearization:
         self._arrive()
 
     def _keep(self, maps: list[LinearMap | None]) -> None:
-        """Lower what the trace left, and choose what to recompute where that is more than the budget."""
-        budget, segments = self.memory_budget, []
-        if budget is not None:
-            kept = kept_bytes(self.program, maps, self._lowering)
-            weights = self._lowering.weight_bytes(maps)
-            if sum(kept) + weights > budget and not self._lowering.rounds:
-                self._lowering.packs, weights = False, 0
-                kept = kept_bytes(self.program, maps, self._lowering)
-            inputs = max(t.nbytes for t in (self.x, *self._bound))
-            segments = choose_segments(self.program, kept, inputs, weights, budget)
-        self._residuals = Residuals(maps, segments, self.program, self.backend, self._lowering)
-        missing = bool(segments)
+        """Lower what the trace left, and choose what to make again where that is more than the budget."""
+        program, lowering = self.program, self._lowering
+        choice = Choice()
+        lowering.again = frozenset()
+        if self.memory_budget is not None:
+            choice = choose(
+                program,
+                maps,
+                kept_memory(program, maps, lowering),
+                lowering.weight_copies(maps),
+                lowering.rounded(workspace_bytes(program, maps)),
+                self.memory_budget,
+            )
+            lowering.again = choice.again
+        self._residuals = Residuals(maps, choice.segments, program, self.backend, lowering)
+        missing = bool(choice.segments)
+        recomputed: dict[int, Cost] = {}
         for index, instruction in enumerate(maps):
             maps[index] = None
-            if isinstance(instruction, Dropped):
-                missing = True
+            again = self._residuals.recomputes(index) and program.nodes[index].remade
+            missing |= isinstance(instruction, Dropped)
+            if instruction is not None and again:
+                recomputed[index] = cost_of(instruction, None)
+            if instruction is None or again or isinstance(instruction, Dropped):
                 self._residuals[index] = None
-            elif instruction is not None:
-                recomputed = self._residuals.recomputes(index) and not self.program.nodes[index].fixed
-                self._residuals[index] = (
-                    None
-                    if recomputed
-                    else self._lowering.lower(instruction, fixed=self.program.nodes[index].fixed)
-                )
+            else:
+                self._residuals[index] = lowering.lower(instruction, fixed=program.nodes[index].fixed)
         if missing:
             self._replay((self.x, *self._bound))
-        self._describe(segments)
+        self._describe(choice, recomputed)
 
-    def _describe(self, segments: Sequence[Segment]) -> None:
+    def _describe(self, choice: Choice, recomputed: dict[int, Cost]) -> None:
         """Note for `explain` what each instruction keeps and costs, and what was chosen."""
         program, seen = self.program, set[int]()
         program.costs = [
-            cost_of(
-                instruction,
-                seen,
-                recomputed=self._residuals.recomputes(step.node) and not program.nodes[step.node].fixed,
-            )
+            recomputed.get(step.node) or cost_of(self._residuals[step.node], seen)  # type: ignore[arg-type]
             for step in program.steps
-            if (instruction := self._residuals[step.node]) is not None
         ]
-        self._residuals.release()
         if self._lowering.rounds:
             program.notes.append("products in bfloat16, summed in float32; residuals stored in bfloat16")
-        if self.memory_budget is not None:
-            chosen = (
-                f"{len(segments)} segments are run again in every product"
-                if segments
-                else "everything is kept"
-            )
-            checkpoints = sum(tensor.nbytes for tensor in self._residuals.checkpoints.values())
-            packed = "" if self._lowering.packs else "; convolution weights are not packed"
-            program.notes.append(
-                f"memory budget {self.memory_budget / 1e6:.1f} MB: {chosen}; "
-                f"checkpoints take {checkpoints / 1e6:.1f} MB{packed}"
-            )
+        if self.memory_budget is None:
+            return
+        chosen = "every residual is kept"
+        if choice.segments:
+            chosen = f"{len(choice.segments)} segments are run again in every product"
+        checkpoints = dict(storage_of(tensor) for tensor in self._residuals.checkpoints.values())
+        program.notes.append(
+            f"memory budget {self.memory_budget / 1e6:.1f} MB: {chosen}; "
+            f"checkpoints take {sum(checkpoints.values()) / 1e6:.1f} MB; "
+            f"{len(choice.again)} copies of weights are made again, {choice.copies / 1e6:.1f} MB of them kept"
+        )
+        program.notes.append(
+            f"a product with one vector takes {choice.needed / 1e6:.1f} MB, about: "
+            f"{choice.kept / 1e6:.1f} kept of the point, {choice.copies / 1e6:.1f} of weights, "
+            f"{choice.transient / 1e6:.1f} for what is made again, {choice.workspace / 1e6:.1f} of tangents; "
+            f"making it again takes {choice.work / 1e9:.3f} GFLOP"
+        )
 
     def _replay(self, inputs: Sequence[Tensor]) -> Tensor | None:
         """Run the recorded operations; returns the value, None for a constant."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -66,6 +66,10 @@ class Float32(LinearMap):
     def residuals(self) -> list[tuple[str, Tensor]]:
         return self.inner.residuals()
 
+    @property
+    def kind(self) -> str:
+        return f"{self.inner.kind} in float32"
+
     def flops(self, k: int) -> int:
         return self.inner.flops(k)
 
@@ -110,6 +114,7 @@ class Lowering:
         self._kernels = kernels
         self._copies = copies
         self.packs_adjoints = True
+        self.again: frozenset[Hashable] = frozenset()  # ids of weights that every product copies anew
         self.rounds = precision == "bfloat16"
         self.packs = x.device.type == "cpu" and x.dtype == torch.float32
 
@@ -126,16 +131,20 @@ class Lowering:
         """What float32 residuals may take so that they fit into so many bytes once they are lowered."""
         return 2 * nbytes if nbytes is not None and self.rounds else nbytes
 
-    def weight_bytes(self, maps: Sequence[LinearMap | None]) -> int:
-        """What the copies of weights take that `lower` makes of these maps, or has made."""
-        copied: dict[int, int] = {}
+    def weight_copies(self, maps: Sequence[LinearMap | None]) -> dict[Hashable, int]:
+        """The bytes of the copies of weights that products with these maps need, by the id of the weight."""
+        copied: dict[Hashable, int] = {}
         for instruction in maps:
             if isinstance(instruction, Convolution):
                 if self.rounds or self._packs(instruction):
                     copied[id(instruction.weight)] = self.rounded(4 * instruction.weight.numel())
             elif isinstance(instruction, Linear) and self.rounds and instruction.weight.dtype in _EITHER:
                 copied[id(instruction.weight)] = 2 * instruction.weight.numel()
-        return sum(copied.values())
+        return copied
+
+    def weight_bytes(self, maps: Sequence[LinearMap | None]) -> int:
+        """What the kept ones of these copies take."""
+        return sum(size for key, size in self.weight_copies(maps).items() if key not in self.again)
 
     def copies(self, instruction: LinearMap) -> bool:
         """Whether `lower` makes copies of what a map keeps of the point."""
@@ -145,8 +154,15 @@ class Lowering:
         """The map as products run it; the given one is changed and may be what is returned. `fixed`: it stays
         when the point moves, so that its weight is worth packing."""
         if isinstance(instruction, Convolution) and fixed and self._packs(instruction):
-            instruction.packed = self._packed(instruction.weight, instruction.geometry, instruction.x_shape)
+            arguments = instruction.geometry, instruction.x_shape
+            if id(instruction.weight) in self.again:
+                weight, dtype = instruction.weight, self._dtype
+                instruction.packs = lambda: pack(weight.detach().to(dtype), *arguments)
+                return instruction
+            instruction.packed = self._packed(instruction.weight, *arguments)
             instruction.copy = self._copy if self.packs_adjoints else None
+            return instruction
+        if isinstance(instruction, (Convolution, Linear)) and id(instruction.weight) in self.again:
             return instruction
         if self._turns(instruction):
             # Tangents come out of packed convolutions with the channels last; the residual lies beside them.
@@ -172,14 +188,17 @@ class Lowering:
     def _turns(self, instruction: LinearMap) -> bool:
         return isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4
 
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The dtype of packed weights."""
+        return torch.bfloat16 if self.rounds else torch.float32
+
     def _packs(self, convolution: Convolution) -> bool:
-        dtype = torch.bfloat16 if self.rounds else torch.float32
-        return self.packs and packable(convolution.weight, convolution.geometry, dtype)
+        return self.packs and packable(convolution.weight, convolution.geometry, self._dtype)
 
     def _packed(self, weight: Tensor, geometry: tuple[Any, ...], shape: torch.Size) -> Tensor:
-        dtype = torch.bfloat16 if self.rounds else torch.float32
-        kind = f"packed {dtype} {geometry}"
-        return self._copy(weight, kind, lambda: pack(weight.detach().to(dtype), geometry, shape))
+        kind = f"packed {self._dtype} {geometry}"
+        return self._copy(weight, kind, lambda: pack(weight.detach().to(self._dtype), geometry, shape))
 
     def _copy(self, weight: Tensor, kind: str, make: Callable[[], Tensor]) -> Tensor:
         if not isinstance(weight, torch.nn.Parameter) or weight.is_inference():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sharpcore.lowering import is_fixed
@@ -194,6 +196,7 @@ def optimize(program: Program, maps: list[LinearMap | None]) -> list[LinearMap |
         )
     _plan_tangents(program, maps)
     _plan_primal(program)
+    _find_overwrites(program)
     return maps
 
 
@@ -255,3 +258,14 @@ def _plan_primal(program: Program) -> None:
         if value != program.output:
             dead[i].append(value)
     program.dead = [tuple(values) for values in dead]
+
+
+def _find_overwrites(program: Program) -> None:
+    """Note where the factors of GEGLU may take the place of the projection: nothing else reads it, and no map
+    keeps it."""
+    readers = Counter(value for node in program.nodes for value in node.refs())
+    projections = {node.outputs[0] for node in program.nodes if node.op is F.linear and node.fixed}
+    for node in program.nodes:
+        if node.op is geglu:
+            value = node.args[0].value
+            node.overwrites = value in projections and readers[value] == 1 and value != program.output

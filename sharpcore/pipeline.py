@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +12,14 @@ import torch
 from torch import Tensor
 
 from sharpcore import conditioning as text
+from sharpcore.arguments import (
+    check_guidance,
+    check_latent_size,
+    check_prompts,
+    check_seeds,
+    check_steps,
+    is_number,
+)
 from sharpcore.backends import get_backend
 from sharpcore.branches import (
     Branch,
@@ -32,10 +39,14 @@ from sharpcore.lowering import WeightCopies, check_precision
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, schedule
 from sharpcore.table import ScoreTable
+from sharpcore.trajectory import (
+    initial_latents,
+    pixels,
+    seeded_generators,
+    trajectory_scheduler,
+    warn_if_cut,
+)
 
-FIRST_SEED = 42
-_LAST_SEED = 2**63 - 1
-MOST_SEEDS = 100_000
 # Samples in one linearization: enough to fill the device. More costs memory without being faster.
 _SAMPLES = {"cpu": 4, "cuda": 32}
 # Prompts that share the recomputed unconditional branch when memory does not hold all seeds at once.
@@ -97,16 +108,15 @@ class SharpnessScorer:
         memory_budget: int | None = None,
     ) -> None:
         text.check_pipeline(pipe)
-        if not _is_number(guidance_scale) or not 0 <= guidance_scale < math.inf:
-            raise InvalidInput(f"guidance_scale: expected a number of at least 0; got {guidance_scale!r}")
-        if memory_budget is not None and not (_is_number(memory_budget) and memory_budget > 0):
+        guidance_scale = check_guidance(guidance_scale)
+        if memory_budget is not None and not (is_number(memory_budget) and memory_budget > 0):
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         get_backend(backend, device="cpu", dtype=torch.float32)
         check_precision(precision, pipe.unet.dtype)
         schedule(pipe.scheduler, num_inference_steps)
         self.pipe = pipe
         self.num_inference_steps = num_inference_steps
-        self.guidance_scale = float(guidance_scale)
+        self.guidance_scale = guidance_scale
         self.backend = backend
         self.precision = precision
         self.memory_budget = memory_budget
@@ -185,17 +195,7 @@ class SharpnessScorer:
     ) -> Iterator[list[dict[str, Any]]]:
         """As a call, but yields the rows of a few prompts at a time, in order, once they are computed."""
         plan = self._plan(steps, seeds, metrics, units, squared, latent_size)
-        if on_error not in ("raise", "record"):
-            raise InvalidInput(f"on_error: expected 'raise' or 'record'; got {on_error!r}")
-        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
-            raise InvalidInput(f"prompts: expected a list of strings; got {type(prompts).__name__}")
-        if not prompts:
-            raise InvalidInput("prompts: expected at least one prompt; got an empty list")
-        errors = [_prompt_error(i, prompt) for i, prompt in enumerate(prompts)]
-        if on_error == "raise":
-            for error in errors:
-                if error is not None:
-                    raise InvalidInput(error)
+        errors = check_prompts(prompts, on_error)
         return self._blocks(list(prompts), errors, plan, record=on_error == "record")
 
     def reset(self) -> None:
@@ -208,30 +208,14 @@ class SharpnessScorer:
     def _plan(
         self, steps: Any, seeds: Any, metrics: Any, units: str, squared: bool, latent_size: Any
     ) -> _Plan:
-        count = len(self.timesteps)
-        steps = [steps] if _is_integer(steps) else steps
-        if not _is_list_of_integers(steps) or not all(0 <= step < count for step in steps):
-            raise InvalidInput(f"steps: expected different indices from 0 to {count - 1}; got {steps!r}")
-        if _is_integer(seeds):
-            if not 1 <= seeds <= MOST_SEEDS:
-                raise InvalidInput(f"seeds: expected a number from 1 to {MOST_SEEDS}, or a list; got {seeds}")
-            seeds = range(FIRST_SEED, FIRST_SEED + seeds)
-        if not _is_list_of_integers(seeds) or not all(0 <= seed <= _LAST_SEED for seed in seeds):
-            raise InvalidInput(
-                f"seeds: expected a number, or a list of different integers of at least 0; got {seeds!r}"
-            )
+        steps, seeds = check_steps(steps, len(self.timesteps)), check_seeds(seeds)
         if units not in UNITS:
             raise InvalidInput(f"units: expected one of {', '.join(UNITS)}; got {units!r}")
         channels, height, width = text.latent_shape(self.pipe)
         if latent_size is not None:
-            sizes = latent_size if isinstance(latent_size, Sequence) else ()
-            if len(sizes) != 2 or not all(_is_integer(n) and n > 0 for n in sizes):
-                raise InvalidInput(
-                    f"latent_size: expected (height, width), two positive integers; got {latent_size!r}"
-                )
-            height, width = sizes
+            height, width = check_latent_size(latent_size)
         made = tuple(make_metrics(metrics, squared=squared))
-        return _Plan(tuple(steps), tuple(seeds), made, units, (channels, height, width))
+        return _Plan(steps, seeds, made, units, (channels, height, width))
 
     def _blocks(
         self, prompts: list[str], errors: list[str | None], plan: _Plan, record: bool
@@ -245,7 +229,7 @@ class SharpnessScorer:
                 stop = min(len(prompts), start + self._prompts_per_block(plan))
                 good = [i for i in range(start, stop) if errors[i] is None]
                 for i in good:
-                    self._warn_if_cut(i, prompts[i])
+                    warn_if_cut(self.pipe, i, prompts[i])
                 found = self._score_each([prompts[i] for i in good], plan, record) if good else []
                 scored = dict(zip(good, found, strict=True))
                 rows = [
@@ -287,7 +271,7 @@ class SharpnessScorer:
                 torch.cuda.empty_cache()
 
     def _score_all(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
-        conditioning = text.encode_prompts(self.pipe, prompts, **self._pixels(plan))
+        conditioning = text.encode_prompts(self.pipe, prompts, **pixels(self.pipe, plan.shape))
         result = {
             step: torch.empty(len(plan.metrics), len(prompts), len(plan.seeds)).double()
             for step in plan.steps
@@ -377,11 +361,9 @@ class SharpnessScorer:
     ) -> dict[int, Tensor]:
         prompts = next(iter(conditional.values())).shape[0]
         count = prompts * len(seeds)
-        scheduler = self._trajectory_scheduler()
-        # One generator a sample, as if each were generated alone; stochastic schedulers go on drawing from
-        # it.
-        generators = [torch.Generator("cpu").manual_seed(seed) for _ in range(prompts) for seed in seeds]
-        latents = self._initial_latents(generators, scheduler, plan)
+        scheduler = trajectory_scheduler(self.pipe, self.num_inference_steps)
+        generators = seeded_generators(seeds * prompts)
+        latents = initial_latents(self.pipe, generators, scheduler, plan.shape)
         repeated = [i for i in range(prompts) for _ in seeds]
         conditional = text.select_conditioning(conditional, repeated)
         unconditional = text.repeat_conditioning(self._shared.conditioning(plan), count)
@@ -453,40 +435,6 @@ class SharpnessScorer:
     def _device(self) -> torch.device:
         return next(self.pipe.unet.parameters()).device
 
-    def _initial_latents(self, generators: list[torch.Generator], scheduler: Any, plan: _Plan) -> Tensor:
-        # Drawn the same whatever the process's default dtype and device are.
-        noise = [
-            torch.randn((1, *plan.shape), generator=generator, dtype=torch.float32, device="cpu")
-            for generator in generators
-        ]
-        latents = torch.cat(noise).to(self._device, next(self.pipe.unet.parameters()).dtype)
-        return latents * getattr(scheduler, "init_noise_sigma", 1.0)
-
-    def _trajectory_scheduler(self) -> Any:
-        """A scheduler of its own (multistep ones keep a history), in float64 where the network is."""
-        scheduler = schedule(self.pipe.scheduler, self.num_inference_steps)
-        if next(self.pipe.unet.parameters()).dtype is torch.float64:
-            # Schedulers hold float32 tables; their square roots would limit a float64 trajectory to single
-            # precision.
-            for name, table in vars(scheduler).items():
-                if isinstance(table, Tensor) and table.dtype is torch.float32 and name != "timesteps":
-                    setattr(scheduler, name, table.double())
-        return scheduler
-
-    def _pixels(self, plan: _Plan) -> dict[str, int]:
-        factor = self.pipe.vae_scale_factor
-        return {"height": plan.shape[1] * factor, "width": plan.shape[2] * factor}
-
-    def _warn_if_cut(self, index: int, prompt: str) -> None:
-        dropped = text.dropped_tokens(self.pipe, prompt)
-        if dropped:
-            warnings.warn(
-                f"prompts[{index}] is longer than the tokenizer's window: its last {dropped} tokens are "
-                "ignored, as the pipeline itself does",
-                UserWarning,
-                stacklevel=2,
-            )
-
     def _what_would_fit(self, plan: _Plan, error: BaseException) -> str:
         free = available_bytes(self._device)
         have = "" if free is None else f"; {free / 2**30:.1f} GiB are free on {self._device}"
@@ -508,15 +456,17 @@ class _SharedBranch:
 
     def conditioning(self, plan: _Plan) -> text.Conditioning:
         if self._conditioning is None:
-            self._conditioning = text.encode_unconditional(self._scorer.pipe, **self._scorer._pixels(plan))
+            self._conditioning = text.encode_unconditional(
+                self._scorer.pipe, **pixels(self._scorer.pipe, plan.shape)
+            )
         return self._conditioning
 
     def _inputs(self, seeds: Sequence[int], plan: _Plan) -> tuple[Tensor, Tensor, text.Conditioning]:
         scorer = self._scorer
-        scheduler = scorer._trajectory_scheduler()
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        scheduler = trajectory_scheduler(scorer.pipe, scorer.num_inference_steps)
+        latents = initial_latents(scorer.pipe, seeded_generators(seeds), scheduler, plan.shape)
         t = scheduler.timesteps[0]
-        x = scale_model_input(scheduler, scorer._initial_latents(generators, scheduler, plan), t)
+        x = scale_model_input(scheduler, latents, t)
         conditioning = text.repeat_conditioning(self.conditioning(plan), len(seeds))
         return x, t.to(scorer._device).expand(len(seeds)), conditioning
 
@@ -550,18 +500,6 @@ class _SharedBranch:
         return torch.stack([self._predictions[seed] for seed in seeds])
 
 
-def _prompt_error(index: int, prompt: Any) -> str | None:
-    if not isinstance(prompt, str):
-        return f"prompts[{index}]: expected a string; got {type(prompt).__name__}"
-    if not prompt.strip():
-        return f"prompts[{index}]: expected words; got an empty or blank prompt"
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        return f"prompts[{index}]: expected Unicode text; got a lone surrogate at character {error.start}"
-    return None
-
-
 def _row(
     prompt: str, step: int, timestep: float, plan: _Plan, found: dict[int, Tensor] | str | None
 ) -> dict[str, Any]:
@@ -575,21 +513,3 @@ def _row(
         row[f"{metric.name}_seeds"] = None if per_seed is None else per_seed.tolist()
     row["error"] = None if isinstance(found, dict) else found
     return row
-
-
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def _is_list_of_integers(values: Any) -> bool:
-    """Whether these are at least one, and different, integers."""
-    return (
-        isinstance(values, Sequence)
-        and len(values) > 0
-        and all(map(_is_integer, values))
-        and len(set(values)) == len(values)
-    )

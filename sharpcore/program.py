@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -47,8 +47,25 @@ class Node:
     module: str
     shapes: tuple[tuple[int, ...], ...] = ()
     nbytes: tuple[int, ...] = ()  # of the results
+    # For each result what told its memory from another's in the trace, and the bytes of all that memory.
+    memory: tuple[tuple[int, int], ...] = ()
     linear: bool = False  # whether a product runs its derivative, so that a replay builds its map
     fixed: bool = False  # whether that map is the same at every point
+    overwrites: bool = False  # whether a replay may write over the first argument: nothing else reads it
+
+    @property
+    def remade(self) -> bool:
+        """Whether the map is another one at another point."""
+        return self.linear and not self.fixed
+
+    @property
+    def restores(self) -> bool:
+        """Whether the values in `outputs` are all that the operation returns, in order, as tensors."""
+        if None in self.outputs:
+            return False
+        if isinstance(self.op, torch._ops.OpOverload):
+            return all(str(result.type) == "Tensor" for result in self.op._schema.returns)
+        return self.op == "attention"
 
     def refs(self) -> list[int]:
         """The values that the operation reads."""
@@ -75,17 +92,23 @@ class Node:
             for arg in self.args
         )
 
-    def run(self, kernels: Any, args: tuple[Any, ...]) -> Any:
-        """Execute the primal operation."""
+    def run(self, kernels: Any, args: tuple[Any, ...], *, overwrite: bool = False) -> Any:
+        """Execute the primal operation; with `overwrite` it may write into its first argument."""
         if self.op == "attention":
             q, k, v, mask, scale = args
             return kernels.attention_forward(q, k, v, mask=mask, scale=scale)
         if self.has_kernel(args):
             if self.op is geglu:
-                return kernels.geglu_forward(*args)
+                return _geglu_over(kernels, *args) if overwrite else kernels.geglu_forward(*args)
             x, weight, bias, _, _, _, groups, eps = args
             return kernels.group_norm_silu_forward(x, weight, bias, groups, eps, True)
         return self.op(*args, **self.kwargs)
+
+    def results(self, out: Any) -> Iterator[tuple[int, Tensor]]:
+        """What the operation returned under the numbers of its values."""
+        for value, tensor in zip(self.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
+            if value is not None:
+                yield value, tensor
 
     def has_kernel(self, args: tuple[Any, ...]) -> bool:
         """Whether a kernel runs this fused operation; in 16 bits PyTorch's own are as fast for norms."""
@@ -139,34 +162,50 @@ class Program:
         residuals: Residuals,
         kernels: Any,
         lowering: Lowering,
-        segment: Segment | None = None,
-    ) -> dict[int, LinearMap]:
-        """Run the primal operations on the values that they read, adding theirs, and build the linear maps
-        that depend on the point.
-
-        Without a segment all operations run, and maps and checkpoints go to `residuals`; with one only its
-        operations, and its maps are returned.
-        """
+    ) -> None:
+        """Run the primal operations on the values that they read, adding theirs; the linear maps that depend
+        on the point and the checkpoints go to `residuals`."""
         rules = load_rules()
-        made: dict[int, LinearMap] = {}
-        for index in range(len(self.nodes)) if segment is None else range(segment.start, segment.stop):
-            node = self.nodes[index]
+        for index, node in enumerate(self.nodes):
             args = node.fill(values)
-            here = segment is not None or not residuals.recomputes(index)
-            wanted = node.linear and not node.fixed and here
-            if wanted and segment is None:
+            wanted = node.remade and not residuals.recomputes(index)
+            if wanted:
                 residuals[index] = None  # the old ones go before the new ones come
-            out = node.run(kernels, args)
+            overwrite = node.overwrites and not residuals.holds(node.args[0].value)
+            out = node.run(kernels, args, overwrite=overwrite)
             if wanted:
                 call = Call(node.op, args, node.kwargs, out, node.active)
-                made[index] = lowering.lower(build_map(node, call, rules), fixed=node.fixed)
-                if segment is None:
-                    residuals[index] = made.pop(index)
-            for value, tensor in zip(node.outputs, (out,) if isinstance(out, Tensor) else out, strict=False):
-                if value is not None:
-                    values[value] = tensor
-                    if segment is None:
-                        residuals.offer(value, tensor)
+                residuals[index] = lowering.lower(build_map(node, call, rules))
+            for value, tensor in node.results(out):
+                values[value] = tensor
+                residuals.offer(value, tensor)
+            for value in self.dead[index]:
+                values.pop(value, None)
+
+    def remake(
+        self, segment: Segment, checkpoints: Mapping[int, Tensor], kernels: Any, lowering: Lowering
+    ) -> dict[int, LinearMap]:
+        """The maps of a segment that depend on the point, from the checkpoints, by running no more than that
+        takes."""
+        rules = load_rules()
+        values = dict(checkpoints)
+        made: dict[int, LinearMap] = {}
+        for index in range(segment.start, segment.stop):
+            node = self.nodes[index]
+            runs = index in segment.runs
+            if runs or node.remade:
+                args = node.fill(values)
+                if runs:
+                    overwrite = node.overwrites and node.args[0].value not in checkpoints
+                    out = node.run(kernels, args, overwrite=overwrite)
+                    values.update(node.results(out))
+                else:
+                    outs = tuple(checkpoints[value] for value in node.outputs if value is not None)
+                    out = outs if node.op == "attention" or len(outs) > 1 else outs[0]
+                if node.remade:
+                    call = Call(node.op, args, node.kwargs, out, node.active)
+                    made[index] = lowering.lower(build_map(node, call, rules))
+                del args, out
             for value in self.dead[index]:
                 values.pop(value, None)
         return made
@@ -275,6 +314,12 @@ class Program:
         if synchronize or not vectors.is_cuda:
             self.timing = Timing(vectors.shape[0], transposed, seconds)
         return plan.result
+
+
+def _geglu_over(kernels: Any, projection: Tensor, approximate: str) -> tuple[Tensor, Tensor]:
+    """The value of GEGLU, and its factors where the projection was."""
+    value = projection.new_empty((*projection.shape[:-1], projection.shape[-1] // 2))
+    return kernels.geglu_forward(projection, approximate, out=(value, projection))
 
 
 def _execute(step: Instruction, instruction: LinearMap, kernels: Any, transposed: bool) -> None:

@@ -3,7 +3,7 @@ again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sharpcore.lowering import Lowering, is_fixed
+from sharpcore.lowering import Lowering
 from sharpcore.program import Node, Program
 from sharpcore.rules import LinearMap, storage_of
 
@@ -37,33 +37,45 @@ def residual_storages(node: Node, instruction: LinearMap) -> list[tuple[StorageW
 class Dropped(LinearMap):
     """Stands for a map that was let go of in a trace, since it did not fit into memory."""
 
-    def __init__(self, storages: list[tuple[StorageWeakRef, int]]) -> None:
+    def __init__(self, instruction: LinearMap, storages: list[tuple[StorageWeakRef, int]]) -> None:
+        self._kind = instruction.kind
         self.storages = storages
+        one = instruction.flops(1)
+        self._flops = one, instruction.flops(2) - one
+
+    @property
+    def kind(self) -> str:
+        return self._kind
+
+    def flops(self, k: int) -> int:
+        return self._flops[0] + (k - 1) * self._flops[1]
 
 
-def kept_bytes(program: Program, maps: Sequence[LinearMap | None], lowering: Lowering) -> list[int]:
-    """What the map of each node will keep, but for what the map of an earlier node keeps as well: a copy that
-    lowering makes is shared with no other map."""
-    seen: dict[int, StorageWeakRef] = {}
-    result = []
-    for node, instruction in zip(program.nodes, maps, strict=True):
-        total = 0
-        if instruction is not None and not is_fixed(instruction):
-            for storage, size in residual_storages(node, instruction):
-                if storage.cdata not in seen or lowering.copies(instruction):
-                    seen[storage.cdata] = storage
-                    total += lowering.rounded(size)
-        result.append(total)
+def kept_memory(
+    program: Program, maps: Sequence[LinearMap | None], lowering: Lowering
+) -> list[Mapping[Hashable, int]]:
+    """The bytes that the map of each node will keep of the point, by what tells memory from another: a copy
+    that lowering makes is shared with no other map."""
+    result: list[Mapping[Hashable, int]] = []
+    for index, (node, instruction) in enumerate(zip(program.nodes, maps, strict=True)):
+        kept: dict[Hashable, int] = {}
+        if instruction is not None and node.remade:
+            copied = lowering.copies(instruction)
+            for part, (storage, size) in enumerate(residual_storages(node, instruction)):
+                kept[(index, part) if copied else storage.cdata] = lowering.rounded(size)
+        result.append(kept)
     return result
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Nodes [start, stop) whose maps are made again in every product, from the values in `needs`."""
+    """Nodes [start, stop) whose maps are made again in every product, from the values in `needs`, by running
+    the operations `runs` of them."""
 
     start: int
     stop: int
     needs: tuple[int, ...]
+    runs: frozenset[int]
 
 
 class Residuals(Sequence["LinearMap | None"]):
@@ -114,8 +126,7 @@ class Residuals(Sequence["LinearMap | None"]):
 
     def make(self, segment: Segment) -> dict[int, LinearMap]:
         """The maps of a segment, from the checkpoints."""
-        values = dict(self.checkpoints)
-        return self._program.replay(values, self, self._kernels, self._lowering, segment)
+        return self._program.remake(segment, self.checkpoints, self._kernels, self._lowering)
 
     def __setitem__(self, node: int, instruction: LinearMap | None) -> None:
         self._kept[node] = instruction
@@ -131,6 +142,10 @@ class Residuals(Sequence["LinearMap | None"]):
     def makes(self, node: int) -> bool:
         """Whether the node's map was made from checkpoints and will be dropped again."""
         return node in self._of and self._kept[node] is None
+
+    def holds(self, value: int) -> bool:
+        """Whether a recomputed segment starts from this value."""
+        return value in self._needed
 
     def offer(self, value: int, tensor: Tensor) -> None:
         """Keep a value of the primal pass if a recomputed segment starts from it."""

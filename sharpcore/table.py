@@ -5,16 +5,17 @@ from __future__ import annotations
 import csv
 import html
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from sharpcore.errors import InvalidInput, MissingDependency
 
 if TYPE_CHECKING:
     import pandas
     from matplotlib.figure import Figure
+    from typing_extensions import Self
 
 Row = dict[str, Any]
 
@@ -49,12 +50,14 @@ def metric_names(columns: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in names if f"{name}_seeds" in names)
 
 
-def column_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
+def column_types(
+    rows: Iterable[Mapping[str, Any]], standard: Mapping[str, str] = _STANDARD
+) -> dict[str, str]:
     """Type of each column, in order of first appearance: "text", "int", "float", "bool", "list" (of float64)
     or "json".
 
-    The columns that a scorer makes have fixed types; the others get the narrowest one that holds all their
-    values.
+    The columns that a scorer makes have fixed types, those of `standard` and of the metrics; the others get
+    the narrowest one that holds all their values.
     """
     found: dict[str, set[str]] = {}
     for row in rows:
@@ -67,7 +70,7 @@ def column_types(rows: Iterable[Mapping[str, Any]]) -> dict[str, str]:
         types |= {name: "float", f"{name}_seeds": "list"}
         if f"{name}_se" in types:
             types[f"{name}_se"] = "float"
-    return types | {name: kind for name, kind in _STANDARD.items() if name in types}
+    return types | {name: kind for name, kind in standard.items() if name in types}
 
 
 def _kind(value: Any) -> str:
@@ -194,9 +197,19 @@ class ScoreTable:
     (None or a sentence; the numbers are None then), and whatever columns the caller added.
     """
 
+    #: Columns that every table of this kind has, and their types.
+    standard: ClassVar[Mapping[str, str]] = _STANDARD
+
     def __init__(self, rows: Iterable[Mapping[str, Any]]) -> None:
         self.rows: list[Row] = [dict(row) for row in rows]
-        self._types = column_types(self.rows)
+        self._types = column_types(self.rows, self.standard)
+
+    @classmethod
+    def empty_rows(cls, settings: Mapping[str, Any], timesteps: Sequence[float]) -> list[Row]:
+        """The rows of one prompt without their numbers, for a run with these settings."""
+        numbers = [f"{name}{end}" for name in settings["metrics"] for end in ("", "_se", "_seeds")]
+        places = zip(settings["steps"], timesteps, strict=True)
+        return [{"step": step, "timestep": timestep} | dict.fromkeys(numbers) for step, timestep in places]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -242,7 +255,7 @@ class ScoreTable:
         write_rows(path, self.rows, self._types, format="jsonl")
 
     @classmethod
-    def read(cls, path: str | Path) -> ScoreTable:
+    def read(cls, path: str | Path) -> Self:
         """Read a table that was written as Parquet, CSV or JSON lines; numbers and lists come back exactly.
 
         In CSV, columns other than those of the scorer come back as text and an empty field as None. Raises
@@ -252,7 +265,10 @@ class ScoreTable:
         if not Path(path).is_file():
             raise InvalidInput(f"{path}: there is no such file")
         try:
-            rows = {"parquet": _read_parquet, "csv": _read_csv, "jsonl": _read_jsonl}[format](path)
+            if format == "csv":
+                rows = _read_csv(path, cls.standard)
+            else:
+                rows = {"parquet": _read_parquet, "jsonl": _read_jsonl}[format](path)
         except (ValueError, csv.Error) as error:
             raise InvalidInput(f"{path}: not a {format} table of scores: {error}") from None
         return cls(rows)
@@ -293,12 +309,16 @@ class ScoreTable:
         }
         return plot_distributions(panels, path=path)
 
+    def _shown(self) -> list[str]:
+        """The columns of the summary."""
+        return ["prompt", "step", *self.metrics, "error"]
+
     def _summary(self) -> tuple[str, list[str], list[list[str]]]:
         failed = sum(row.get("error") is not None for row in self.rows)
         title = f"{len(self)} rows, steps {list(self.steps)}" + (
             f", {failed} with an error" if failed else ""
         )
-        header = ["prompt", "step", *self.metrics, "error"]
+        header = self._shown()
         body = [[_brief(row.get(name)) for name in header] for row in self.rows[:10]]
         return title, header, body
 
@@ -306,7 +326,9 @@ class ScoreTable:
         title, header, body = self._summary()
         widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
         lines = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in [header, *body]]
-        return "\n".join([f"ScoreTable: {title}", *lines, *(["..."] if len(self) > len(body) else [])])
+        return "\n".join(
+            [f"{type(self).__name__}: {title}", *lines, *(["..."] if len(self) > len(body) else [])]
+        )
 
     def _repr_html_(self) -> str:
         title, header, body = self._summary()
@@ -332,10 +354,11 @@ def _read_parquet(path: str | Path) -> list[Row]:
     return rows
 
 
-def _read_csv(path: str | Path) -> list[Row]:
+def _read_csv(path: str | Path, standard: Mapping[str, str]) -> list[Row]:
     with open(path, encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        parse: dict[str, Any] = {"step": int, "timestep": float}
+        types = {"int": int, "float": float, "list": json.loads}
+        parse: dict[str, Any] = {name: types[kind] for name, kind in standard.items() if kind in types}
         for name in metric_names(reader.fieldnames or ()):
             parse |= {name: float, f"{name}_se": float, f"{name}_seeds": json.loads}
         return [

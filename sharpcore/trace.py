@@ -23,7 +23,16 @@ from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.lowering import is_fixed
 from sharpcore.program import Node, Program, Ref, build_map
 from sharpcore.residuals import Dropped, residual_storages
-from sharpcore.rules import SHAPE_ONLY, ZERO_DERIVATIVE, Call, LinearMap, aten, autograd_enabled, load_rules
+from sharpcore.rules import (
+    SHAPE_ONLY,
+    ZERO_DERIVATIVE,
+    Call,
+    LinearMap,
+    aten,
+    autograd_enabled,
+    load_rules,
+    storage_of,
+)
 from sharpcore.rules.attention import additive_mask
 from sharpcore.rules.shape import overlay
 
@@ -97,6 +106,7 @@ class Tracer:
         self._counted: dict[int, StorageWeakRef] = {}  # storages that maps keep; see _dependent
         self._kept_bytes = 0
         self._dropped = 0  # maps before this one have been let go of
+        self._results: list[StorageWeakRef] = []  # of all nodes, so that no address is given twice
         self.rules = load_rules()
         self.nodes: list[Node] = []
         self.maps: list[LinearMap | None] = []
@@ -365,6 +375,12 @@ class Tracer:
         node.outputs = tuple(outputs)
         node.shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else () for o in outs)
         node.nbytes = tuple(o.numel() * o.element_size() if isinstance(o, Tensor) else 0 for o in outs)
+        node.memory = tuple(storage_of(o) if isinstance(o, Tensor) else (0, 0) for o in outs)
+        self._results += [
+            StorageWeakRef(o.untyped_storage())
+            for o in outs
+            if isinstance(o, Tensor) and o.layout is torch.strided
+        ]
         self.nodes.append(node)
         self.maps.append(instruction)
         if instruction is not None and self.budget is not None:
@@ -390,7 +406,7 @@ class Tracer:
             map_ = self.maps[older]
             storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
             if map_ is not None and storages:
-                self.maps[older] = Dropped(storages)
+                self.maps[older] = Dropped(map_, storages)
             self._dropped = older + 1
 
     def _evaluate_fused(self, node: Node, call: Call) -> Call:

@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sharpcore
-from sharpcore import cli, pipeline
+from sharpcore import cli, cli_run, pipeline
 from sharpcore.table import ScoreTable
 
 DATA = Path(__file__).parent / "data" / "tiny-sd-eps"
@@ -63,7 +63,7 @@ def fake_pipe(folder, scoring):
 def fake(monkeypatch):
     scorer = type("Scorer", (FakeScorer,), {})
     monkeypatch.setattr(pipeline, "SharpnessScorer", scorer)
-    monkeypatch.setattr(cli, "_load", fake_pipe)
+    monkeypatch.setattr(cli, "load_pipeline", fake_pipe)
     return scorer
 
 
@@ -222,6 +222,11 @@ def test_interrupted_run_keeps_rows_and_resumes_to_the_same_file(
     assert "seeds (there [42, 43, 44, 45], now [42, 43]); units (there 'score', now 'eps')" in other.stderr
     assert run("score", path, "-o", out, "--steps", "0,1", "--resume").exit_code == 0
     assert out.read_bytes() == whole.read_bytes()
+    fake.fail_at = "a"
+    again = run("score", path, "-o", out, "--steps", "0,1", "--resume")
+    assert again.exit_code == 0
+    assert f"nothing left to do: {out} has all 8 prompts" in again.stderr
+    assert out.read_bytes() == whole.read_bytes()
     assert sorted(os.listdir(tmp_path)) == sorted(["prompts.txt", out.name, whole.name])
 
 
@@ -273,7 +278,7 @@ def wait_for_lines(process, path, count):
 
 FAKE_RUN = """
 import test_cli as t
-t.pipeline.SharpnessScorer, t.cli._load = t.FakeScorer, t.fake_pipe
+t.pipeline.SharpnessScorer, t.cli.load_pipeline = t.FakeScorer, t.fake_pipe
 t.FakeScorer.delay = 0.05
 t.cli.main()
 """
@@ -308,7 +313,8 @@ def test_interrupt_signal_in_a_real_run_then_resume(tmp_path):
     path, out = prompts_file(tmp_path, *prompts), tmp_path / "out.jsonl"
     options = ["--seeds", "1", "--norm"]
     process = start("from sharpcore.cli import main; main()", "score", path, "-o", out, *options)
-    wait_for_lines(process, tmp_path / "out.jsonl.partial.jsonl", 2)
+    # Settings and two blocks: the signal may come before the last of them is counted.
+    wait_for_lines(process, tmp_path / "out.jsonl.partial.jsonl", 3)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 130, errors
@@ -441,14 +447,14 @@ def test_version_and_help():
     ],
 )
 def test_memory_sizes(text, expected):
-    assert cli._bytes(text) == expected
+    assert cli_run.memory_bytes(text) == expected
 
 
 def test_progress_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with cli._progress(4, 1, False) as advance:
+    with cli_run.progress_shown(4, 1, False) as advance:
         advance(2)
         advance(4)
     shown = capsys.readouterr().err

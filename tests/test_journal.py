@@ -46,6 +46,8 @@ def block(*values):
 
 def complete(output, **options):
     with Journal(output, SETTINGS, PROMPTS, **options) as journal:
+        if journal.complete:
+            return
         good = list(TEXTS)[sum(row.error is None for row in PROMPTS[: journal.finished]) :]
         list(journal.record([block(value) for value in good], TIMESTEPS))
         assert journal.failed() == 1
@@ -98,20 +100,48 @@ def test_resume_without_anything_to_resume_starts(output):
     assert len(ScoreTable.read(output)) == 10
 
 
-def test_resume_of_an_output_without_journal(tmp_path):
-    output = tmp_path / "scores.parquet"
+def test_resume_of_a_finished_output(output):
     complete(output)
     first = output.read_bytes()
-    complete(output, resume=True)
+    with Journal(output, SETTINGS, PROMPTS, resume=True) as journal:
+        assert journal.complete
+        assert journal.finished == len(PROMPTS)
     assert output.read_bytes() == first
-    assert parquet_metadata(output)["settings"] == SETTINGS
+    assert os.listdir(output.parent) == [output.name]
+    for name, value, message in [
+        ("steps", [0, 20], r"steps \(there \[0, 10\], now \[0, 20\]\)"),
+        ("metrics", ["other"], r"metrics \(there \['sharpness'\], now \['other'\]\)"),
+        ("seeds", [42, 43], "seeds"),
+    ]:
+        with pytest.raises(InvalidInput, match=message):
+            Journal(output, SETTINGS | {name: value}, PROMPTS, resume=True)
+    with pytest.raises(InvalidInput, match="has id"):
+        Journal(output, SETTINGS, [*PROMPTS[:4], PromptRow(5, 5, "ü", None, {"id": 6})], resume=True)
+    assert output.read_bytes() == first
+
+
+def test_resume_of_an_output_without_journal(tmp_path):
+    output = tmp_path / "scores.parquet"
+    interrupted(output)
+    with Journal(output, SETTINGS, PROMPTS, resume=True) as journal:
+        journal.keep()
+    journal_module._journal_path(output).unlink()
     with pytest.raises(InvalidInput, match=r"seeds \(there \[42\], now \[43\]\)"):
         Journal(output, SETTINGS | {"seeds": [43]}, PROMPTS, resume=True)
-    assert output.read_bytes() == first
-    other = tmp_path / "scores.csv"
-    complete(other)
+    complete(output, resume=True)
+    assert len(ScoreTable.read(output)) == 10
+    assert parquet_metadata(output)["settings"] == SETTINGS
+
+
+@pytest.mark.parametrize("extension", ["csv", "jsonl"])
+def test_a_part_without_settings_is_not_resumed(tmp_path, extension):
+    output = tmp_path / f"scores.{extension}"
+    interrupted(output)
+    with Journal(output, SETTINGS, PROMPTS, resume=True) as journal:
+        journal.keep()
+    journal_module._journal_path(output).unlink()
     with pytest.raises(InvalidInput, match="nothing to resume"):
-        Journal(other, SETTINGS, PROMPTS, resume=True)
+        Journal(output, SETTINGS, PROMPTS, resume=True)
 
 
 @pytest.mark.parametrize("junk", [b'{"first": 4, "cou', b"\0\0\0", b'{"first": 4}'])

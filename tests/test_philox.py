@@ -110,7 +110,7 @@ ISA = f"""
 import torch
 ids = torch.tensor({IDS})
 for kind in {KINDS}:
-    for dimension in {DIMENSIONS}:
+    for dimension in (1, 7, 33, 129, 1025, 5001):
         expected = reference.philox_probes(kind, 7, ids, 5, 2, dimension, dtype=torch.float64, device="cpu")
         for dtype in (torch.float64, torch.float32, torch.bfloat16):
             for threads in (1, 2):
@@ -194,14 +194,10 @@ def test_extreme_words_give_finite_numbers_that_are_not_zero() -> None:
 def test_normal_numbers_are_normal() -> None:
     z = probes("normal", 1, samples=range(8), count=16, dimension=3125)
     z = z.flatten()  # 400,000
-    assert stats.kstest(z.numpy(), "norm").pvalue > 0.01
-    # Cosines and sines apart, and both parts of where log changes its exponent.
-    for part in (z[0::2], z[1::2], z[z.abs() < 0.3]):
-        if part.numel() == z.numel() // 2:
-            assert stats.kstest(part.numpy(), "norm").pvalue > 0.01
-        else:
-            inside = stats.truncnorm(-0.3, 0.3)
-            assert stats.kstest(part.numpy(), inside.cdf).pvalue > 0.01
+    for part in (z, z[0::2], z[1::2]):
+        assert stats.kstest(part.numpy(), "norm").pvalue > 0.01
+    # The middle on its own, where radii are of logarithms near zero.
+    assert stats.kstest(z[z.abs() < 0.1].numpy(), stats.truncnorm(-0.1, 0.1).cdf).pvalue > 0.01
     # Standard deviations of the moments of 400,000 numbers: sqrt((E z^2k - (E z^k)^2) / n).
     for power, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)):
         assert abs(float((z**power).mean()) - moment) < 4 * math.sqrt(variance / z.numel())

@@ -28,6 +28,9 @@ constexpr Index kChunk = 256;
 constexpr int kColumns = 4;
 constexpr int kRows = kVectorBytes == 64 ? 4 : 2;
 
+// Rows that are fetched ahead of those being read: pieces of rows are too short for the CPU to foresee.
+constexpr Index kAhead = 8;
+
 // Rows of doubles in memory.
 template <class T>
 struct Rows {
@@ -65,20 +68,21 @@ inline void sum_lanes(double* sums, const Doubles* vectors) {
 template <int rows, int columns>
 inline void multiply_tile(double* sums, Index row_step, Index column_step, Read left, Read right, Index size) {
     Doubles sum[rows * columns] = {};
-    const auto add = [&](auto read) {
+    const auto add = [&](Index i, auto read) {
         Doubles b[columns];
 #pragma GCC unroll 4
-        for (int c = 0; c < columns; ++c) b[c] = read(right.row(c));
+        for (int c = 0; c < columns; ++c) b[c] = read(right.row(c) + i);
 #pragma GCC unroll 4
         for (int r = 0; r < rows; ++r) {
-            const Doubles a = read(left.row(r));
+            if constexpr (rows > 1) __builtin_prefetch(left.row(r + kAhead) + i, 0, 2);
+            const Doubles a = read(left.row(r) + i);
 #pragma GCC unroll 4
             for (int c = 0; c < columns; ++c) sum[r * columns + c] += a * b[c];
         }
     };
     Index i = 0;
-    for (; i + kWidth <= size; i += kWidth) add([i](const double* row) { return load(row + i); });
-    if (const Index rest = size - i; rest > 0) add([=](const double* row) { return load_partial(row + i, rest); });
+    for (; i + kWidth <= size; i += kWidth) add(i, [](const double* from) { return load(from); });
+    if (const Index rest = size - i; rest > 0) add(i, [rest](const double* from) { return load_partial(from, rest); });
     double tile[rows * columns];
     sum_lanes<rows * columns>(tile, sum);
     for (int r = 0; r < rows; ++r)
@@ -124,10 +128,10 @@ void multiply(double* sums, Read left, Index rows, Read right, Index columns, In
 }
 
 // Takes off `columns` vectors the rows of the basis, times [count, columns] coefficients of `step` a row, in `width`
-// vectors that `read` and `write` know of.
+// vectors that `read` and `write` know of; rows `next` further on are fetched.
 template <int columns, int width, class Load, class Store>
 inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const double* coefficients, Index step,
-                          Load read, Store write) {
+                          Load read, Store write, Index next = 0) {
     Doubles left[columns * width];
 #pragma GCC unroll 4
     for (int c = 0; c < columns; ++c)
@@ -135,6 +139,9 @@ inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const d
         for (int i = 0; i < width; ++i) left[c * width + i] = read(vectors.row(c) + i * kWidth);
     for (Index m = 0; m < count; ++m) {
         const double* const row = basis.row(m);
+        if (next != 0)
+#pragma GCC unroll 4
+            for (int i = 0; i < width; ++i) __builtin_prefetch(row + next + i * kWidth, 0, 2);
         Doubles v[width];
 #pragma GCC unroll 4
         for (int i = 0; i < width; ++i) v[i] = read(row + i * kWidth);
@@ -153,12 +160,12 @@ inline void subtract_tile(Rows<double> vectors, Read basis, Index count, const d
 
 template <int columns>
 inline void subtract_columns(Rows<double> vectors, Read basis, Index count, const double* coefficients, Index step,
-                             Index size) {
+                             Index size, Index next) {
     const auto read = [](const double* from) { return load(from); };
     const auto write = [](double* to, Doubles vector) { store(to, vector); };
     Index i = 0;
     for (; i + kRows * kWidth <= size; i += kRows * kWidth)
-        subtract_tile<columns, kRows>(vectors.at(i), basis.at(i), count, coefficients, step, read, write);
+        subtract_tile<columns, kRows>(vectors.at(i), basis.at(i), count, coefficients, step, read, write, next);
     for (; i + kWidth <= size; i += kWidth)
         subtract_tile<columns, 1>(vectors.at(i), basis.at(i), count, coefficients, step, read, write);
     if (const Index rest = size - i; rest > 0)
@@ -168,21 +175,22 @@ inline void subtract_columns(Rows<double> vectors, Read basis, Index count, cons
             [rest](double* to, Doubles vector) { store_partial(to, vector, rest); });
 }
 
-void subtract(Rows<double> vectors, Index columns, Read basis, Index count, const double* coefficients, Index size) {
-    for (Index c = 0; c < columns; c += kColumns) {
+void subtract(Rows<double> vectors, Index columns, Read basis, Index count, const double* coefficients, Index size,
+              Index next) {
+    for (Index c = 0; c < columns; c += kColumns, next = 0) {
         const Rows<double> some = vectors.from(c);
         switch (columns - c) {
             case 1:
-                subtract_columns<1>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<1>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             case 2:
-                subtract_columns<2>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<2>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             case 3:
-                subtract_columns<3>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<3>(some, basis, count, coefficients + c, columns, size, next);
                 break;
             default:
-                subtract_columns<kColumns>(some, basis, count, coefficients + c, columns, size);
+                subtract_columns<kColumns>(some, basis, count, coefficients + c, columns, size, next);
         }
     }
 }
@@ -212,7 +220,8 @@ double sum_of_squares(const double* vector, Index size) {
 
 // What is done to a chunk of some vectors, with some rows of the basis: each step where it is asked for.
 struct Sweep {
-    Rows<double> vectors;
+    double* vectors;  // the chunks of the first, `chunk_stride` apart; those of others lie kChunk behind each other
+    Index chunk_stride;
     Index columns;
     Read basis;
     Index count, size;
@@ -220,7 +229,8 @@ struct Sweep {
     Index block_stride;
     Dtype dtype;
     const double* coefficients;  // [count, columns]: what is taken off
-    bool multiply;               // whether the products with the basis are wanted
+    Index next;                  // how far away the rows lie that are fetched meanwhile; 0: none are
+    bool norms, multiply;        // whether the norms, and the products with the basis, are wanted
     double* partial;             // [chunks, 1 + count, columns]: squares of the norms, then products
 };
 
@@ -229,11 +239,15 @@ void copy(double* to, const T* from, Index size) {
     for (Index i = 0; i < size; ++i) to[i] = static_cast<double>(from[i]);
 }
 
+void scale(double* to, const double* from, double by, Index size) {
+    for (Index i = 0; i < size; ++i) to[i] = from[i] * by;
+}
+
 void do_chunk(const void* job, Index chunk, int) noexcept {
     const Sweep& sweep = *static_cast<const Sweep*>(job);
     const Index begin = chunk * kChunk;
     const Index size = begin + kChunk < sweep.size ? kChunk : sweep.size - begin;
-    const Rows<double> vectors = sweep.vectors.at(begin);
+    const Rows<double> vectors{sweep.vectors + chunk * sweep.chunk_stride, kChunk};
     const Read basis = sweep.basis.at(begin);
     if (sweep.block != nullptr)
         for (Index c = 0; c < sweep.columns; ++c) {
@@ -243,9 +257,11 @@ void do_chunk(const void* job, Index chunk, int) noexcept {
             else
                 copy(vectors.row(c), static_cast<const double*>(sweep.block) + from, size);
         }
-    if (sweep.coefficients != nullptr) subtract(vectors, sweep.columns, basis, sweep.count, sweep.coefficients, size);
+    if (sweep.coefficients != nullptr)
+        subtract(vectors, sweep.columns, basis, sweep.count, sweep.coefficients, size, sweep.next);
     double* const partial = sweep.partial + chunk * (1 + sweep.count) * sweep.columns;
-    for (Index c = 0; c < sweep.columns; ++c) partial[c] = sum_of_squares(vectors.row(c), size);
+    if (sweep.norms)
+        for (Index c = 0; c < sweep.columns; ++c) partial[c] = sum_of_squares(vectors.row(c), size);
     if (sweep.multiply)
         multiply(partial + sweep.columns, basis, sweep.count, {vectors.data, vectors.stride}, sweep.columns, size);
 }
@@ -255,7 +271,7 @@ constexpr Index kParallelWork = Index{1} << 18;
 
 // The memory that one problem takes.
 struct Memory {
-    double* vectors;   // [count, stride]
+    double* vectors;   // [chunks, count, kChunk]
     double* partial;   // [chunks, 1 + limit, count]
     double* products;  // [1 + limit, count]
     double* before;    // [count], as those below
@@ -292,12 +308,11 @@ private:
         for (Index k = 0; k < count; ++k) numbers[k] = 0;
     }
 
-    Index stride() const { return (a_.size + kWidth - 1) / kWidth * kWidth; }
-
     // A sweep of `columns` vectors from `first` on with `count` rows of the basis from `row` on.
     Sweep sweep(Index first, Index columns, Index row, Index count) const {
         Sweep s{};
-        s.vectors = {memory_.vectors + first * stride(), stride()};
+        s.vectors = memory_.vectors + first * kChunk;
+        s.chunk_stride = a_.count * kChunk;
         s.columns = columns;
         s.basis = {basis_ + row * a_.size, a_.size};
         s.count = count;
@@ -306,18 +321,21 @@ private:
         return s;
     }
 
-    // Makes a sweep and adds up what its chunks gave: squares of the norms, then products.
-    void run(const Sweep& s) const {
-        const Index chunks = (s.size + kChunk - 1) / kChunk, results = (s.multiply ? 1 + s.count : 1) * s.columns;
+    // Makes a sweep and adds up what its chunks gave: squares of the norms, then products. It begins where the last
+    // one ended, with what is in the cache.
+    void run(const Sweep& s) {
+        const Index chunks = (s.size + kChunk - 1) / kChunk;
+        const Index first = s.norms ? 0 : s.columns, last = (s.multiply ? 1 + s.count : 1) * s.columns;
         const Index work = s.columns * s.size * s.count * ((s.multiply ? 1 : 0) + (s.coefficients != nullptr ? 1 : 0));
         if (threads_ > 1 && work >= kParallelWork)
             parallel_for(chunks, threads_, do_chunk, &s);
         else
-            for (Index chunk = 0; chunk < chunks; ++chunk) do_chunk(&s, chunk, 0);
-        fill(memory_.products, results);
+            for (Index k = 0; k < chunks; ++k) do_chunk(&s, backwards_ ? chunks - 1 - k : k, 0);
+        backwards_ = !backwards_;
+        fill(memory_.products + first, last - first);
         for (Index chunk = 0; chunk < chunks; ++chunk) {
             const double* const partial = s.partial + chunk * (1 + s.count) * s.columns;
-            for (Index k = 0; k < results; ++k) memory_.products[k] += partial[k];
+            for (Index k = first; k < last; ++k) memory_.products[k] += partial[k];
         }
     }
 
@@ -331,6 +349,7 @@ private:
         s.block = static_cast<const char*>(a_.block) + i_ * a_.block_batch_stride * element;
         s.block_stride = a_.block_count_stride;
         s.dtype = a_.dtype;
+        s.norms = true;
         s.multiply = n_ > 0;
         run(s);
         take_norms(memory_.norms);
@@ -344,25 +363,31 @@ private:
         for (const bool again : {true, false}) {
             for (Index k = 0; k < n_ * a_.count; ++k) coefficients_[k] += s.coefficients[k];
             s.multiply = again;
+            // There is time to fetch the basis that this thread will probably see next.
+            const Index ahead = a_.threads > 1 ? a_.threads : 1;
+            if (!again && i_ + ahead < a_.batch) s.next = ahead * a_.rows * a_.size;
             run(s);
             take_norms(again ? memory_.before : memory_.norms);
         }
     }
 
-    // One pass of column j over the `count` rows of the basis from `row` on; what is left of its norm.
-    double pass(Index j, Index row, Index count) {
+    // Passes of column j over the `count` rows of the basis from `row` on; what is left of its norm.
+    double passes(Index j, Index row, Index count, int times) {
         Sweep s = sweep(j, 1, row, count);
         s.multiply = true;
         run(s);
         const double* const products = memory_.products + 1;
-        for (Index m = 0; m < count; ++m) {
-            double& coefficient =
-                row + m < n_ ? coefficients_[(row + m) * a_.count + j] : triangle_[(row + m - n_) * a_.count + j];
-            coefficient += products[m];
-        }
         s.coefficients = products;
-        s.multiply = false;
-        run(s);
+        for (; times > 0; --times) {
+            for (Index m = 0; m < count; ++m) {
+                double& coefficient =
+                    row + m < n_ ? coefficients_[(row + m) * a_.count + j] : triangle_[(row + m - n_) * a_.count + j];
+                coefficient += products[m];
+            }
+            s.multiply = times > 1;
+            s.norms = times == 1;
+            run(s);
+        }
         return __builtin_sqrt(memory_.products[0]);
     }
 
@@ -370,23 +395,24 @@ private:
         // A column that the second pass shortened, or that the new rows shorten, goes through whole passes again.
         double norm = memory_.norms[j], left = norm;
         bool again = norm < kKept * memory_.before[j];
-        if (rank_ > 0)
-            for (int twice = 0; twice < 2; ++twice) left = pass(j, n_, rank_);
+        if (rank_ > 0) left = passes(j, n_, rank_, 2);
         // Written so that NaN decides as it does in the reference.
         const double least = memory_.tolerance[j] > a_.floor[i_] ? memory_.tolerance[j] : a_.floor[i_];
         for (int k = 0; k < kMostPasses; ++k) {
             if (left <= least || !(again || left < kKept * norm)) break;
             again = false;
             norm = left;
-            left = pass(j, 0, n_ + rank_);
+            left = passes(j, 0, n_ + rank_, 1);
         }
         if (left <= least || n_ + rank_ >= a_.limit) {
             dropped_[j] = left;
             return;
         }
-        const double* const from = memory_.vectors + j * stride();
-        double* const to = basis_ + (n_ + rank_) * a_.size;
-        for (Index k = 0; k < a_.size; ++k) to[k] = from[k] / left;
+        // A norm is the root of a number, so its inverse is finite.
+        double* const row = basis_ + (n_ + rank_) * a_.size;
+        for (Index begin = 0; begin < a_.size; begin += kChunk)
+            scale(row + begin, memory_.vectors + begin * a_.count + j * kChunk, 1 / left,
+                  begin + kChunk < a_.size ? kChunk : a_.size - begin);
         triangle_[rank_ * a_.count + j] = left;
         ++rank_;
     }
@@ -397,6 +423,7 @@ private:
     const Index i_, n_;
     double *const basis_, *const coefficients_, *const triangle_, *const dropped_;
     Index rank_ = 0;
+    bool backwards_ = false;
 };
 
 // The sizes of a problem's memory, in numbers.
@@ -421,8 +448,8 @@ void do_problem(const void* job, Index i, int slot) noexcept {
 }  // namespace
 
 void grow_basis(const Arguments& a) {
-    const Index stride = (a.size + kWidth - 1) / kWidth * kWidth, chunks = (a.size + kChunk - 1) / kChunk;
-    const Index vectors = a.count * stride, products = (1 + a.limit) * a.count, partial = chunks * products;
+    const Index chunks = (a.size + kChunk - 1) / kChunk;
+    const Index vectors = chunks * a.count * kChunk, products = (1 + a.limit) * a.count, partial = chunks * products;
     const Index needed = vectors + partial + products + 3 * a.count;
     // Threads share the work of one problem where there are too few of them, and they are large.
     const bool together = 2 * a.batch <= a.threads && a.limit * a.count * a.size >= kParallelWork;

@@ -3,67 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
-from sharpcore.krylov.checkpoint import read_checkpoint, write_checkpoint
-from sharpcore.krylov.decomposition import Decomposition, Ritz
+from sharpcore.krylov.decomposition import Ritz, columns
 from sharpcore.krylov.operator import BatchedOperator, as_batched
-from sharpcore.krylov.probes import probes
-from sharpcore.krylov.solution import Result, Solution, Stats, worst
+from sharpcore.krylov.run import Progress, Run, make_plan
+from sharpcore.krylov.solution import Solution
 from sharpcore.operators import CurvatureOperator
-
-ENDS = ("smallest", "largest", "both")
-# Entries of a sample's basis by default (128 MiB), and the most rows: beyond, the projected problems cost too
-# much.
-_BASIS_ENTRIES = 2**24
-_BASIS_ROWS = 768
-# How much a basis grows between two looks at its Ritz pairs.
-_GROWTH = 1 / 24
-
-
-@dataclass(frozen=True)
-class Progress:
-    """What `progress=` is called with: `products` a sample so far, rows of the largest basis, and of every
-    sample whether it has `converged` and its largest `residual` among the pairs wanted, relative to its norm
-    (NaN before there are as many)."""
-
-    products: int
-    basis: int
-    converged: tuple[bool, ...]
-    residual: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Plan:
-    """The checked arguments of a run."""
-
-    k: int
-    which: str
-    block: int
-    tolerance: float
-    symmetry_tolerance: float
-    max_products: int
-    rows: int
-    stop_at_breakdown: bool
-    seed: int
-    sample_ids: tuple[int, ...]
-
-    def wanted(self, count: int) -> Tensor:
-        """Places of the wanted ones among `count` ascending values."""
-        low = min(self.k, count) if self.which != "largest" else 0
-        high = min(self.k, count - low) if self.which != "smallest" else 0
-        return torch.cat([torch.arange(low), torch.arange(count - high, count)])
-
-    def number(self, dimension: int) -> int:
-        """How many pairs are wanted of a problem of this dimension."""
-        return len(self.wanted(dimension))
 
 
 def block_lanczos(
@@ -130,170 +82,51 @@ def block_lanczos(
     """
     began = time.perf_counter()
     op = as_batched(operator, batched)
-    plan = _plan(
+    plan = make_plan(
         op, k, which, block, tolerance, max_products, max_basis, on_breakdown, seed, sample_ids,
         symmetry_tolerance,
     )  # fmt: skip
-    run = _Run(op, plan, vectors, None if checkpoint is None else Path(checkpoint), progress)
+    run = _Lanczos(op, plan, vectors, None if checkpoint is None else Path(checkpoint), progress)
     run.go()
     return run.solution(began)
 
 
-class _Run:
+class _Lanczos(Run):
     """One call of `block_lanczos`."""
 
-    def __init__(
-        self,
-        op: BatchedOperator,
-        plan: _Plan,
-        vectors: bool,
-        checkpoint: Path | None,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:
-        self.op, self.plan, self.checkpoint, self.progress = op, plan, checkpoint, progress
-        self.krylov = Decomposition(op.samples, op.dimension, plan.rows, plan.block, op.device)
-        count = plan.number(op.dimension)
-        self.values = torch.full((op.samples, count), float("nan"), dtype=torch.float64)
-        self.residuals = self.values.clone()
-        self.vectors = (
-            self.values.new_full((*self.values.shape, op.dimension), float("nan")) if vectors else None
-        )
-        self.results: list[Result | None] = [None] * op.samples
-        self.asymmetry = torch.zeros(op.samples, dtype=torch.float64)
-        self.next_look = torch.full((op.samples,), min(count + plan.block, op.dimension))
-        self.looks = 0
+    name = "block_lanczos"
 
-    def go(self) -> None:
-        """Multiply and look until every sample is done."""
-        krylov, op, plan = self.krylov, self.op, self.plan
-        if not self._resume():
-            krylov.append(self._random(torch.arange(op.samples)))
-        while not bool(krylov.frozen.all()):
-            block = krylov.active()
-            products = op.multiply(block)
-            krylov.extend(products, op, plan.tolerance)
-            last = op.products + len(block) > plan.max_products
-            going = ~krylov.frozen
-            if op.calls <= 3:
-                self._check_symmetry(going.nonzero().flatten())
-            due = going & ((krylov.processed >= self.next_look) | krylov.ended | krylov.full | last)
-            if bool(due.any()):
-                self._look(due.nonzero().flatten(), last)
-                if self.checkpoint is not None and self.looks % 8 == 0:
-                    self._save()
-            self._refill()
-        if self.checkpoint is not None:
-            self.checkpoint.unlink(missing_ok=True)
+    def pairs(self, samples: Tensor) -> Iterator[Ritz]:
+        for group, start, processed, size in self.krylov.groups(samples):
+            yield self._pairs(group, start, processed, size)
 
-    def _random(self, samples: Tensor) -> Tensor:
-        """The next random block of the given samples, [block, B, d]; zeros for the others."""
-        krylov, plan = self.krylov, self.plan
-        out = torch.zeros(
-            plan.block, self.op.samples, self.op.dimension, dtype=torch.float64, device=self.op.device
-        )
-        for number in torch.unique(krylov.breakdowns[samples]).tolist():
-            these = samples[krylov.breakdowns[samples] == number]
-            out[:, these.to(out.device)] = probes(
-                "normal",
-                plan.seed,
-                samples=[plan.sample_ids[i] for i in these.tolist()],
-                first=number * plan.block,
-                count=plan.block,
-                dimension=self.op.dimension,
-                device=self.op.device,
-            )
-        return out
+    def _pairs(self, group: Tensor, start: int, processed: int, size: int) -> Ritz:
+        h = self.krylov.projected[group, :size, :processed]
+        symmetric = (h[:, :processed] + h[:, :processed].mT) / 2
+        # The parts before and after a breakdown are diagonalized apart: equal eigenvalues must not mix them.
+        parts = [torch.linalg.eigh(symmetric[:, a:b, a:b]) for a, b in ((0, start), (start, processed))]
+        values, order = torch.cat([part.eigenvalues for part in parts], dim=1).sort(dim=1, stable=True)
+        weights = torch.zeros_like(symmetric)
+        weights[:, :start, :start], weights[:, start:, start:] = (part.eigenvectors for part in parts)
+        weights = weights.gather(2, order[:, None, :].expand_as(weights))
+        image = h @ weights
+        coupling = torch.linalg.vector_norm(image[:, processed:], dim=1)
+        noise = torch.linalg.vector_norm(image[:, :processed] - weights * values[:, None, :], dim=1)
+        noise = noise.hypot(self.krylov.carried(group, weights))
+        norm = values.abs().amax(1)
+        return Ritz(group, values, values, weights, noise, coupling.hypot(noise), order >= start, norm)
 
-    def _look(self, samples: Tensor, last: bool) -> None:
-        """Ritz pairs of `samples`: freeze those that are done, contract the bases that are full."""
-        krylov, plan = self.krylov, self.plan
-        self._check_symmetry(samples)
-        self.looks += 1
-        worst_of = [float("nan")] * self.op.samples
-        for ritz in krylov.ritz(samples):
-            processed, size = ritz.values.shape[1], int(krylov.sizes[ritz.samples[0]])
-            chosen = plan.wanted(processed)
-            scale = ritz.values.abs().amax(1)
-            krylov.norm[ritz.samples] = scale.cpu()
-            bound = plan.tolerance * scale[:, None]
-            residuals, noise = ritz.residuals[:, chosen], ritz.noise[:, chosen]
-            everything, enough = processed == self.op.dimension, len(chosen) == self.values.shape[1]
-            within = (residuals <= bound).all(1) & enough
-            # More steps reduce the coupling to what is not in the basis yet, not the noise of the products.
-            settled = ((residuals.square() - noise.square()).clamp_min(0).sqrt() <= bound).all(1) & enough
-            complete = self._is_complete(ritz, chosen, bound[:, 0]) | everything
-            for place, i in enumerate(ritz.samples.tolist()):
-                worst_of[i] = (
-                    float(residuals[place].max() / scale[place].clamp_min(1e-300)) if enough else float("nan")
-                )
-                result: Result | None = None
-                if within[place] and complete[place]:
-                    result = Result.converged
-                elif everything or (settled[place] and not within[place]):
-                    result = Result.stagnated
-                elif processed == size and plan.stop_at_breakdown:
-                    result = Result.converged if within[place] else Result.invariant_subspace
-                elif last:
-                    result = Result.not_converged
-                if result is not None:
-                    self._keep(i, ritz.of(slice(place, place + 1)), chosen, result)
-            going = ~krylov.frozen[ritz.samples]
-            if bool(krylov.full[ritz.samples[0]]) and bool(going.any()):
-                self._contract(ritz.of(going))
-            grown = max(plan.block, int(_GROWTH * processed))
-            self.next_look[ritz.samples] = krylov.processed[ritz.samples] + grown
-        if self.progress is not None:
-            done = tuple(result is not None and result.ok for result in self.results)
-            self.progress(Progress(self.op.products, int(krylov.sizes.max()), done, tuple(worst_of)))
+    def contract(self, samples: Tensor) -> None:
+        for ritz in self.pairs(samples):
+            count = min(self.kept, ritz.values.shape[1] - self.plan.block)
+            ends = replace(self.plan, k=(count + 1) // 2 if self.plan.which == "both" else count)
+            kept = ends.wanted(ritz.values.shape[1]).expand(len(ritz.samples), -1)
+            # Pairs of the closed part first, so that the sequence begun after it stays in one piece.
+            fresh = ritz.fresh.gather(1, kept)
+            kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)
+            self.krylov.contract(ritz.samples, columns(ritz.weights, kept), (~fresh).sum(1))
 
-    def _is_complete(self, ritz: Ritz, chosen: Tensor, bound: Tensor) -> Tensor:
-        """Whether no eigenvalue beyond the wanted ones can have been missed, [G] bool.
-
-        Before any breakdown that is taken for granted, as by every Krylov method. A breakdown shows that a
-        start did not see all eigenvalues; then a sequence begun since must have none that is better than the
-        last one wanted: its outermost pair has settled there, or farther in.
-        """
-        krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
-        complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
-        ends = [(0, k - 1, 1)] if self.plan.which != "largest" else []
-        ends += [(-1, -k, -1)] if self.plan.which != "smallest" else []
-        for place in (krylov.sequences[ritz.samples] > 1).nonzero().flatten().tolist():
-            fresh = ritz.fresh[place].nonzero().flatten()
-            for outermost, last, inwards in ends if len(fresh) else ():
-                pair = fresh[outermost]
-                distance = inwards * (ritz.values[place, pair] - ritz.values[place, chosen[last]])
-                settled = ritz.residuals[place, pair] <= torch.maximum(bound[place], distance)
-                complete[place] &= (distance >= -bound[place]) & settled
-            complete[place] &= len(fresh) > 0
-        return complete
-
-    def _contract(self, ritz: Ritz) -> None:
-        """Thick restart of a group."""
-        plan, processed = self.plan, ritz.values.shape[1]
-        # Two thirds needed the fewest products on spectra of score networks, over bases of 60 to 120 rows.
-        count = max(self.values.shape[1] + plan.block, 2 * processed // 3)
-        count = min(count, processed - plan.block)
-        kept = replace(plan, k=(count + 1) // 2 if plan.which == "both" else count).wanted(processed)
-        self.krylov.restart(ritz, kept.expand(len(ritz.samples), -1))
-
-    def _keep(self, i: int, ritz: Ritz, chosen: Tensor, result: Result) -> None:
-        """Freeze sample i with the chosen ones of its pairs."""
-        count = len(chosen)
-        self.values[i, :count], self.residuals[i, :count] = ritz.values[0, chosen], ritz.residuals[0, chosen]
-        if self.vectors is not None:
-            self.vectors[i, :count] = self.krylov.vectors(ritz, chosen)[0]
-        self.results[i] = result
-        self.krylov.frozen[i] = True
-
-    def _refill(self) -> None:
-        """A fresh random block for every sample whose sequence has closed."""
-        samples = self.krylov.ended.nonzero().flatten()
-        if len(samples):
-            self.krylov.append(self._random(samples), samples)
-
-    def _check_symmetry(self, samples: Tensor) -> None:
-        if not len(samples):
-            return
+    def check(self, samples: Tensor) -> None:
         asymmetry = self.krylov.asymmetry(samples)
         self.asymmetry[samples] = asymmetry
         worst_one = int(asymmetry.argmax())
@@ -304,120 +137,3 @@ class _Run:
                 f"{int(samples[worst_one])} (allowed: {self.plan.symmetry_tolerance:.2g}). Take the "
                 "symmetric part, Hessian(...), or arnoldi for the Jacobian as it is"
             )
-
-    def solution(self, began: float) -> Solution:
-        """The pairs of all samples."""
-        results = tuple(result for result in self.results if result is not None)
-        shape = (self.op.samples, self.values.shape[1], *self.op.sample_shape)
-        stats = Stats(
-            products=self.op.products,
-            steps=self.op.calls,
-            restarts=self.krylov.restarts,
-            norm=self.krylov.norm.clone(),
-            asymmetry=self.asymmetry,
-            deflated=self.krylov.deflated,
-            breakdowns=self.krylov.breakdowns,
-            seconds=time.perf_counter() - began,
-            operator_seconds=self.op.seconds,
-        )
-        device = self.op.device
-        vectors = None if self.vectors is None else self.vectors.reshape(shape).to(device)
-        return Solution(
-            self.values.to(device), vectors, self.residuals.to(device), worst(results), results, stats
-        )
-
-    def _identity(self) -> dict[str, Any]:
-        """What a checkpoint must agree with."""
-        op, plan = self.op, replace(self.plan, max_products=0)
-        return {
-            "solver": "block_lanczos", "plan": repr(plan), "samples": op.samples, "dimension": op.dimension,
-            "dtype": str(op.dtype), "vectors": self.vectors is not None,
-        }  # fmt: skip
-
-    def _save(self) -> None:
-        assert self.checkpoint is not None
-        state = {
-            "krylov": self.krylov.state(), "values": self.values, "residuals": self.residuals,
-            "vectors": self.vectors, "results": [result and result.name for result in self.results],
-            "next_look": self.next_look, "looks": self.looks, "products": self.op.products, "calls":
-            self.op.calls, "seconds": self.op.seconds,
-        }  # fmt: skip
-        write_checkpoint(self.checkpoint, self._identity(), state)
-
-    def _resume(self) -> bool:
-        """Whether the run goes on from its checkpoint."""
-        state = None if self.checkpoint is None else read_checkpoint(self.checkpoint, self._identity())
-        if state is None:
-            return False
-        self.krylov.load_state(state["krylov"])
-        for name in ("values", "residuals", "vectors", "next_look", "looks"):
-            setattr(self, name, state[name])
-        self.results = [name and Result[name] for name in state["results"]]
-        self.op.products, self.op.calls, self.op.seconds = state["products"], state["calls"], state["seconds"]
-        self._check_operator()
-        return True
-
-    def _check_operator(self) -> None:
-        """One product tells whether the checkpoint's basis was made by this operator."""
-        krylov = self.krylov
-        first = krylov.basis[:, :1].transpose(0, 1)
-        image = self.op.multiply(first).to(torch.float64).transpose(0, 1)
-        along = (krylov.basis @ image.mT)[..., 0]
-        off = torch.linalg.vector_norm(along - krylov.projected[..., 0], dim=1).cpu()
-        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0].cpu()
-        if bool(((off > allowed) & ~krylov.frozen).any()):
-            raise InvalidInput(
-                f"checkpoint: {self.checkpoint} is of another operator than this {self.op.name}"
-            )
-
-
-def _plan(
-    op: BatchedOperator, k: int, which: str, block: int, tolerance: float | None, max_products: int | None,
-    max_basis: int | None, on_breakdown: str, seed: int, sample_ids: Sequence[int] | None,
-    symmetry_tolerance: float | None,
-) -> _Plan:  # fmt: skip
-    d = op.dimension
-    check_count("k", k, 1, d, "the dimension")
-    check_count("block", block, 1, None, "")
-    block = min(block, d)
-    if which not in ENDS:
-        raise InvalidInput(f"which: expected one of {', '.join(ENDS)}; got {which!r}")
-    if on_breakdown not in ("continue", "stop"):
-        raise InvalidInput(f"on_breakdown: expected 'continue' or 'stop'; got {on_breakdown!r}")
-    exact, low = op.rounding < 1e-12, op.rounding > 1e-3
-    if tolerance is None:
-        tolerance = 1e-10 if exact else 2e-2 if low else 1e-5
-    if symmetry_tolerance is None:
-        symmetry_tolerance = 1e-8 if exact else 0.1 if low else 1e-3
-    for name, value in (("tolerance", tolerance), ("symmetry_tolerance", symmetry_tolerance)):
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
-            raise InvalidInput(f"{name}: expected a number >= 0; got {value!r}")
-    wanted = min(2 * k, d) if which == "both" else k
-    least = min(d, wanted + 3 * block)
-    if max_basis is None:
-        max_basis = max(least, min(_BASIS_ROWS, _BASIS_ENTRIES // d, d), min(d, 2 * wanted + 4 * block))
-    check_count("max_basis", max_basis, least, None, "pairs + 3 blocks")
-    if max_products is None:
-        max_products = 10 * d + 100
-    check_count("max_products", max_products, 1, None, "")
-    check_count("seed", seed, 0, 2**63 - 1, "")
-    ids = tuple(range(op.samples)) if sample_ids is None else tuple(sample_ids)
-    if len(ids) != op.samples:
-        raise InvalidInput(f"sample_ids: expected {op.samples}, one for each sample; got {len(ids)}")
-    return _Plan(
-        k, which, block, float(tolerance), float(symmetry_tolerance), max_products, min(max_basis, d),
-        on_breakdown == "stop", seed, ids,
-    )  # fmt: skip
-
-
-def check_count(name: str, value: int, least: int, most: int | None, what: str) -> None:
-    """Raise InvalidInput where `value` is not an integer from `least` to `most` (`what` says why these)."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < least
-        or (most is not None and value > most)
-    ):
-        upto = "" if most is None else f" to {most}"
-        reason = f" ({what})" if what else ""
-        raise InvalidInput(f"{name}: expected an integer from {least}{upto}{reason}; got {value!r}")

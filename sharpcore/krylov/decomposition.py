@@ -1,5 +1,4 @@
-"""The Krylov decomposition A V = V H + R of B symmetric operators in lock-step: grow, Ritz pairs, thick
-restart."""
+"""The Krylov decomposition A V = V H + R of B operators in lock-step: how it grows and is contracted."""
 
 from __future__ import annotations
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import get_backend
+from sharpcore.backends.reference.grow_basis import Growth
 from sharpcore.krylov.operator import BatchedOperator
 
 # Couplings below this many roundings of the products end a Krylov sequence: what follows is rounding.
@@ -21,22 +21,24 @@ _BREAKDOWN = 64
 class Ritz:
     """Approximate eigenpairs of some samples that stand at the same place of the recursion.
 
-    On the CPU, as the projections are. `values` [G, p] ascending; `weights` [G, p, p]: columns give the
-    vectors in terms of the basis; `noise` [G, p]: the part of the residual that more steps do not reduce
-    (rounding and asymmetry of the products); `residuals` [G, p] all of it; `fresh` [G, p]: the pair belongs
-    to the sequence begun at the last breakdown.
+    On the CPU, as the projections are. `values` [G, p], ordered by `keys` ascending; `weights` [G, p, p]:
+    columns give the vectors in terms of the basis; `noise` [G, p]: the part of the residual that more steps
+    do not reduce (rounding and asymmetry of the products); `residuals` [G, p] all of it; `fresh` [G, p]: the
+    pair belongs to the sequence begun at the last breakdown; `norm` [G]: of the projection.
     """
 
     samples: Tensor
     values: Tensor
+    keys: Tensor
     weights: Tensor
     noise: Tensor
     residuals: Tensor
     fresh: Tensor
+    norm: Tensor
 
     def of(self, group: Tensor | slice) -> Ritz:
         """The pairs of a part of the samples."""
-        return Ritz(*(getattr(self, field.name)[group] for field in fields(self)))
+        return type(self)(*(getattr(self, field.name)[group] for field in fields(self)))
 
 
 class Decomposition:
@@ -59,67 +61,83 @@ class Decomposition:
         self.sequences = torch.zeros(samples, dtype=torch.int64)
         self.breakdowns = torch.zeros(samples, dtype=torch.int64)
         self.deflated = torch.zeros(samples, dtype=torch.int64)
+        self.multiplied = torch.zeros(samples, dtype=torch.int64)
         self.frozen = torch.zeros(samples, dtype=torch.bool)
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
         self._grow = get_backend("auto", device=device, dtype=torch.float64).grow_basis
 
-    def append(self, vectors: Tensor, samples: Tensor | None = None) -> None:
-        """Begin a sequence with the parts of `vectors` [K, B, d] that the bases do not hold yet."""
-        sizes = self.sizes.clone()
-        if samples is not None:
-            mask = torch.ones_like(self.frozen)
-            mask[samples] = False
-            sizes[mask] = -1
-        growth = self._grow(self.basis, sizes, vectors, floor=torch.zeros_like(self.norm), limit=self.limit)
-        begun = sizes >= 0
-        self.start = torch.where(begun, self.processed, self.start)
-        self.sequences += begun
-        self.sizes += growth.ranks
+    def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
+        """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
+        blocks.
+
+        They begin a new sequence, or (sequence=False) joins the one that goes on.
+        """
+        sizes = torch.full_like(self.sizes, -1)
+        sizes[samples] = self.sizes[samples]
+        floor = torch.zeros_like(self.norm)
+        self.sizes += self._grow(self.basis, sizes, vectors, floor=floor, limit=self.limit).ranks
+        if sequence:
+            self.start[samples] = self.processed[samples]
+            self.sequences[samples] += 1
 
     def active(self) -> Tensor:
         """The block to multiply next, [K, B, d]; zero rows where a sample has fewer vectors than others."""
-        left = torch.where(self.frozen, 0, self.sizes - self.processed)
-        count = int(left.max())
-        rows = self.processed[:, None] + torch.arange(count)
-        missing = (torch.arange(count) >= left[:, None]).to(self.basis.device)
-        rows = rows.clamp_max(self.basis.shape[1] - 1).to(self.basis.device)
-        samples = torch.arange(len(rows), device=self.basis.device)[:, None]
-        block = self.basis[samples, rows]
+        return self.rows(self.basis, self.processed, torch.where(self.frozen, 0, self.sizes - self.processed))
+
+    def rows(self, basis: Tensor, first: Tensor, counts: Tensor) -> Tensor:
+        """Rows [first, first + counts) of each of `basis` [B, M, d] as a block [K, B, d], then zeros."""
+        steps = torch.arange(int(counts.max()))
+        rows = (first[:, None] + steps).clamp_max(basis.shape[1] - 1).to(basis.device)
+        missing = (steps >= counts[:, None]).to(basis.device)
+        block = basis[torch.arange(len(rows), device=basis.device)[:, None], rows]
         return block.masked_fill_(missing[..., None], 0).transpose(0, 1)
+
+    def observe(self, products: Tensor) -> None:
+        """Let the products [K, B, d] with vectors of norm 1 raise the estimate of ||A||."""
+        largest = torch.linalg.vector_norm(products, dim=2, dtype=torch.float64).amax(0).cpu()
+        self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
+
+    def closing(self, operator: BatchedOperator) -> Tensor:
+        """The coupling [B] below which a sequence counts as closed."""
+        return _BREAKDOWN * operator.rounding * self.norm
 
     def extend(self, products: Tensor, operator: BatchedOperator, tolerance: float) -> None:
         """Take the products [K, B, d] with the active block into the decomposition."""
-        count = len(products)
         counts = torch.where(self.frozen, 0, self.sizes - self.processed)
-        largest = torch.linalg.vector_norm(products, dim=2, dtype=torch.float64).amax(0).cpu()
-        self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
-        broken = _BREAKDOWN * operator.rounding * self.norm
+        self.observe(products)
+        closing = self.closing(operator)
+        floor = closing.minimum(tolerance / 4 * self.norm)
         sizes = torch.where(self.frozen, -1, self.sizes)
-        growth = self._grow(
-            self.basis, sizes, products, floor=broken.minimum(tolerance / 4 * self.norm), limit=self.limit
-        )
-        # Columns of H: coefficients in the old basis, and the triangle in the rows that are new.
-        coefficients, triangle, dropped = (part.cpu() for part in growth[:2] + growth[3:])
-        steps = torch.arange(count)
-        where, source = (steps < counts[:, None]).nonzero(as_tuple=True)
-        to = self.processed[where] + source
-        self.projected[where, :, to] = coefficients[where, :, source]
-        self.lost[where, to] = dropped[where, source]
-        entry, row = (steps < growth.ranks[where, None]).nonzero(as_tuple=True)
-        i = where[entry]
-        self.projected[i, self.sizes[i] + row, to[entry]] = triangle[i, row, source[entry]]
+        growth = self._grow(self.basis, sizes, products, floor=floor, limit=self.limit)
+        triangle = self.record(self.projected, self.lost, growth, counts, self.sizes)
+        self.multiplied += counts
         self.deflated += (counts - growth.ranks).clamp_min(0)
         self.processed = torch.where(self.frozen, self.processed, self.sizes)
         self.sizes = self.sizes + growth.ranks
-        ended = (torch.linalg.matrix_norm(triangle) <= broken) & ~self.frozen
+        ended = (torch.linalg.matrix_norm(triangle) <= closing) & ~self.frozen
         self.breakdowns += ended
         for i in ended.nonzero().flatten().tolist():
             # A coupling of rounding alone is no direction of the old sequence: the next one begins afresh.
             n = int(self.processed[i])
-            self.lost[i, :n] += torch.linalg.vector_norm(self.projected[i, n:, :n], dim=0)
+            coupling = torch.linalg.vector_norm(self.projected[i, n:, :n], dim=0)
+            self.lost[i, :n] = self.lost[i, :n].hypot(coupling)
             self.projected[i, n:] = 0
             self.sizes[i] = n
+
+    def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
+        """Write a growth into the columns processed, processed + 1, ... of `matrix` [B, M, M]: coefficients
+        of the old rows, and the triangle from row `sizes` on. Returns the triangle [B, K, K] on the CPU."""
+        coefficients, triangle, dropped = (part.cpu() for part in growth[:2] + growth[3:])
+        steps = torch.arange(coefficients.shape[2])
+        where, source = (steps < counts[:, None]).nonzero(as_tuple=True)
+        to = self.processed[where] + source
+        matrix[where, :, to] = coefficients[where, :, source]
+        lost[where, to] = dropped[where, source]
+        entry, row = (steps < growth.ranks[where, None]).nonzero(as_tuple=True)
+        i = where[entry]
+        matrix[i, sizes[i] + row, to[entry]] = triangle[i, row, source[entry]]
+        return triangle
 
     @property
     def ended(self) -> Tensor:
@@ -141,56 +159,45 @@ class Decomposition:
         skew = torch.linalg.matrix_norm(h - h.mT)
         return skew / torch.linalg.matrix_norm(h).clamp_min(torch.finfo(h.dtype).tiny)
 
-    def ritz(self, samples: Tensor) -> Iterator[Ritz]:
-        """Ritz pairs of `samples`, in groups of those with equal sizes."""
+    def groups(self, samples: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
+        """`samples` in groups of those with equal (start, processed, size), which come with them."""
         places = torch.stack([self.start, self.processed, self.sizes], dim=1)[samples]
         for place in torch.unique(places, dim=0):
-            group = samples[(places == place).all(1)]
-            yield self._ritz(group, *place.tolist())
-
-    def _ritz(self, group: Tensor, start: int, processed: int, size: int) -> Ritz:
-        h = self.projected[group, :size, :processed]
-        symmetric = (h[:, :processed] + h[:, :processed].mT) / 2
-        # The parts before and after a breakdown are diagonalized apart: equal eigenvalues must not mix them.
-        parts = [torch.linalg.eigh(symmetric[:, a:b, a:b]) for a, b in ((0, start), (start, processed))]
-        values, order = torch.cat([part.eigenvalues for part in parts], dim=1).sort(dim=1, stable=True)
-        weights = torch.zeros_like(symmetric)
-        weights[:, :start, :start], weights[:, start:, start:] = (part.eigenvectors for part in parts)
-        weights = weights.gather(2, order[:, None, :].expand_as(weights))
-        image = h @ weights
-        coupling = torch.linalg.vector_norm(image[:, processed:], dim=1)
-        noise = torch.linalg.vector_norm(image[:, :processed] - weights * values[:, None, :], dim=1)
-        noise = noise + (weights.abs() * self.lost[group, :processed, None]).sum(1)
-        return Ritz(group, values, weights, noise, coupling.hypot(noise), order >= start)
+            start, processed, size = place.tolist()
+            yield samples[(places == place).all(1)], start, processed, size
 
     def vectors(self, ritz: Ritz, chosen: Tensor) -> Tensor:
-        """The vectors [G, k, d] of the pairs whose places are `chosen` [k] or [G, k]."""
-        processed = ritz.values.shape[1]
-        picked = _columns(ritz.weights, chosen).to(self.basis.device)
-        vectors = picked.mT @ self.basis[ritz.samples.to(self.basis.device), :processed]
+        """The vectors [G, k, d] of the pairs at the places `chosen` [k], of norm 1."""
+        basis = self.basis[ritz.samples.to(self.basis.device), : ritz.values.shape[1]]
+        weights = columns(ritz.weights, chosen.expand(len(ritz.samples), -1)).mT.to(basis.device)
+        if weights.is_complex():
+            vectors = torch.complex(weights.real @ basis, weights.imag @ basis)
+        else:
+            vectors = weights @ basis
         vectors /= torch.linalg.vector_norm(vectors, dim=2, keepdim=True)
-        # An eigenvector's sign is free: its largest entry is made positive, whatever the batch.
+        # An eigenvector's phase is free: its largest entry is made positive, whatever the batch.
         peak = vectors.gather(2, vectors.abs().argmax(2, keepdim=True))
-        return torch.where(peak < 0, -vectors, vectors)
+        return vectors * (peak.conj() / peak.abs())
 
-    def restart(self, ritz: Ritz, kept: Tensor) -> None:
-        """Contract the bases of a group to the Ritz vectors at the places `kept` [G, q], ascending.
+    def carried(self, group: Tensor, weights: Tensor) -> Tensor:
+        """What combinations W [G, p, q] of the bases carry of `lost`, [G, q]: remainders of different vectors
+        have nothing to do with each other, so that their squares add."""
+        lost = self.lost[group, : weights.shape[1], None]
+        return torch.linalg.vector_norm(weights.abs() * lost, dim=1)
 
-        The active block stays, after them. Thick restart of Wu and Simon, SIAM J. Matrix Anal. Appl. 22
-        (2000).
+    def contract(self, group: Tensor, weights: Tensor, start: Tensor) -> None:
+        """Replace the multiplied parts of the bases of a group by V W, W = `weights` [G, p, q] orthonormal.
+
+        The active block stays, after them; the last sequence begins at `start` [G] from now on. Thick restart
+        of Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), and of Stewart's Krylov-Schur, 23 (2001).
         """
-        group = ritz.samples
         where = group.to(self.basis.device)
-        processed, size = ritz.values.shape[1], int(self.sizes[group[0]])
-        count, active = kept.shape[1], size - processed
-        # Pairs of the closed part first, so that the sequence begun after it stays in one piece.
-        fresh = ritz.fresh.gather(1, kept)
-        kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)
-        weights = _columns(ritz.weights, kept)
+        processed, count, size = *weights.shape[1:], int(self.sizes[group[0]])
+        active = size - processed
         image = self.projected[group, :size, :processed] @ weights
         inner = weights.mT @ image[:, :processed]
         left_out = torch.linalg.vector_norm(image[:, :processed] - weights @ inner, dim=1)
-        lost = left_out + (weights.abs() * self.lost[group, :processed, None]).sum(1)
+        lost = left_out.hypot(self.carried(group, weights))
         following = self.basis[where, processed:size]
         self.basis[where, :count] = weights.mT.to(self.basis.device) @ self.basis[where, :processed]
         self.basis[where, count : count + active] = following
@@ -201,7 +208,7 @@ class Decomposition:
         self.lost[group, :count] = lost
         self.processed[group] = count
         self.sizes[group] = count + active
-        self.start[group] = (~fresh).sum(1)
+        self.start[group] = start
         self.restarts += 1
 
     def state(self) -> dict[str, Any]:
@@ -237,7 +244,6 @@ _COUNTERS = (
 )
 
 
-def _columns(weights: Tensor, chosen: Tensor) -> Tensor:
-    """Columns [G, p, k] of [G, p, p]."""
-    chosen = chosen.expand(len(weights), chosen.shape[-1])
+def columns(weights: Tensor, chosen: Tensor) -> Tensor:
+    """The columns `chosen` [G, k] of weights [G, p, p], [G, p, k]."""
     return weights.gather(2, chosen[:, None, :].expand(-1, weights.shape[1], -1))

@@ -59,6 +59,11 @@ class LinearMap:
         """Pull cotangents of the outputs (None where an output does not matter) back to the active inputs."""
         raise TypeError(f"{type(self).__name__} defines no vjp")
 
+    @property
+    def kind(self) -> str:
+        """What `explain` calls it."""
+        return type(self).__name__
+
     def residuals(self) -> list[tuple[str, Tensor]]:
         """The tensors that are kept for the derivative, with their attribute names."""
         return [(name, value) for name, value in vars(self).items() if isinstance(value, Tensor)]

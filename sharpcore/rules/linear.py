@@ -21,7 +21,8 @@ class Convolution(LinearMap):
 
     Where oneDNN has the convolution, `packed` holds the weight in the layout that it wants for channels-last
     tangents (every product would reorder it otherwise), and, once a transposed product was asked for,
-    `packed_adjoint` that of the transpose, which for stride 1 is a convolution as well.
+    `packed_adjoint` that of the transpose, which for stride 1 is a convolution as well. Where there is no
+    memory for that, `packs` makes `packed` in every product.
     """
 
     writes_jvp = writes_vjp = True
@@ -33,14 +34,17 @@ class Convolution(LinearMap):
         self.geometry = tuple(call.args[3:9])
         self.packed: Tensor | None = None
         self.packed_adjoint: Tensor | None = None
+        self.packs: Callable[[], Tensor] | None = None
         # Gives the copy of a weight that all linearizations of the network share; None: no second copy.
         self.copy: Callable[[Tensor, str, Callable[[], Tensor]], Tensor] | None = None
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
-        if self.packed is not None:
-            return (_packed_convolution(tangent, self.packed, _onednn_geometry(self.geometry), out),)
-        made = aten.convolution(tangent.flatten(0, 1), self.weight, None, *self.geometry)
+        packed = self.packs() if self.packs is not None else self.packed
+        if packed is not None:
+            return (_packed_convolution(tangent, packed, _onednn_geometry(self.geometry), out),)
+        weight = self.weight.to(tangent.dtype)
+        made = aten.convolution(tangent.flatten(0, 1), weight, None, *self.geometry)
         made = made.unflatten(0, (tangent.shape[0], -1))
         return (made if out is None else out.copy_(made),)
 
@@ -157,7 +161,8 @@ class Linear(LinearMap):
         self.rows = 0
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
-        return (_rows_times(tangents[0], self.weight.mT, out),)
+        weight = self.weight.to(tangents[0].dtype)  # a copy where no rounded one is kept
+        return (_rows_times(tangents[0], weight.mT, out),)
 
     def vjp(
         self,
@@ -166,7 +171,9 @@ class Linear(LinearMap):
         out: Sequence[Tensor | None] = (None,),
     ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else _rows_times(cotangent, self.weight.conj(), out[0]),)
+        if cotangent is None:
+            return (None,)
+        return (_rows_times(cotangent, self.weight.conj().to(cotangent.dtype), out[0]),)
 
     def flops(self, k: int) -> int:
         return 2 * k * self.rows * self.weight.numel()

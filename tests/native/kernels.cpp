@@ -20,6 +20,7 @@
 #include "sharpcore/geglu_tangent.h"
 #include "sharpcore/group_norm_silu_forward.h"
 #include "sharpcore/group_norm_silu_tangent.h"
+#include "sharpcore/grow_basis.h"
 #include "sharpcore/isa.h"
 #include "sharpcore/layer_norm_tangent.h"
 #include "sharpcore/philox.h"
@@ -470,6 +471,53 @@ void add_attention(std::vector<Case>& cases, AttentionSizes s, bool masked, std:
     }
 }
 
+// A basis of unit vectors; one of its columns lies in it. Threads share one problem of 9001 elements.
+template <class T>
+void add_grow_basis(std::vector<Case>& cases, Index batch, Index rows, Index size, Index begin, Index count) {
+    const auto block = normal<T>(count * batch * size);
+    for (Index i = 0; i < batch * size; ++i)
+        if (i % size >= begin) (*block)[(count - 1) * batch * size + i] = Number<T>::from(0);
+    cases.push_back({"grow_basis", [=](int threads) {
+                         // Blocks of their exact size; rows behind the first are finite, but nobody reads them.
+                         std::vector<double> basis(batch * rows * size);
+                         for (Index i = 0; i < batch; ++i)
+                             for (Index m = 0; m < begin; ++m) basis[(i * rows + m) * size + m] = 1;
+                         std::vector<Index> sizes(batch, begin), ranks(batch, -1);
+                         if (batch > 2) sizes[1] = -1;
+                         const std::vector<double> floor(batch, 0.0);
+                         Output<double> coefficients(batch * rows * count), triangle(batch * count * count),
+                             dropped(batch * count);
+                         sharpcore::GrowBasisArguments a{};
+                         a.basis = basis.data();
+                         a.sizes = sizes.data();
+                         a.block = block->data();
+                         a.block_count_stride = batch * size;
+                         a.block_batch_stride = size;
+                         a.floor = floor.data();
+                         a.coefficients = coefficients.data();
+                         a.triangle = triangle.data();
+                         a.dropped = dropped.data();
+                         a.ranks = ranks.data();
+                         a.dtype = Number<T>::dtype;
+                         a.count = count;
+                         a.batch = batch;
+                         a.rows = rows;
+                         a.size = size;
+                         a.limit = rows < size ? rows : size;
+                         a.threads = threads;
+                         SHARPCORE_CALL_KERNEL(grow_basis, a);
+                         std::vector<char> bytes;
+                         for (const Output<double>* out : {&coefficients, &triangle, &dropped}) out->append_to(bytes);
+                         for (Index i = 0; i < batch; ++i) {
+                             const Index expected = count - 1 < a.limit - begin ? count - 1 : a.limit - begin;
+                             CHECK(ranks[i] == (sizes[i] < 0 ? 0 : expected));
+                         }
+                         const char* first = reinterpret_cast<const char*>(basis.data());
+                         bytes.insert(bytes.end(), first, first + basis.size() * sizeof(double));
+                         return bytes;
+                     }});
+}
+
 template <class T>
 void add_cases(std::vector<Case>& cases) {
     for (bool channels_last : {false, true}) {
@@ -517,6 +565,10 @@ int main() {
     add_cases<float>(cases);
     add_cases<double>(cases);
     add_cases<Half>(cases);
+    add_grow_basis<float>(cases, 3, 9, 77, 4, 3);
+    add_grow_basis<double>(cases, 5, 20, 515, 9, 6);
+    add_grow_basis<double>(cases, 2, 7, 7, 3, 5);
+    add_grow_basis<float>(cases, 1, 12, 9001, 7, 5);
     std::vector<std::vector<char>> expected;
     for (const Case& one : cases) expected.push_back(one.run(1));
 

@@ -1,0 +1,373 @@
+"""One run of an eigensolver: random starts, looks at the Ritz pairs, verification, restarts, checkpoints."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from sharpcore.errors import InvalidInput
+from sharpcore.krylov.checkpoint import read_checkpoint, write_checkpoint
+from sharpcore.krylov.decomposition import Decomposition, Ritz
+from sharpcore.krylov.operator import BatchedOperator
+from sharpcore.krylov.probes import probes
+from sharpcore.krylov.solution import Result, Solution, Stats, worst
+
+ENDS = ("smallest", "largest", "both")
+# Entries of a sample's basis by default (128 MiB), and the most rows: beyond, the projected problems cost too
+# much.
+_BASIS_ENTRIES = 2**24
+_BASIS_ROWS = 768
+# Once all pairs have converged, a random vector joins the block while so many more vectors are multiplied (a
+# share of the basis, and at least): what the start did not see, as further copies of an eigenvalue, shows
+# then.
+_VERIFICATION = 1 / 8
+_LEAST_VERIFICATION = 8
+# How much a basis grows between two looks at its Ritz pairs.
+_GROWTH = 1 / 24
+# What a checkpoint holds of a run beside its decomposition.
+_STATE = ("values", "residuals", "vectors", "next_look", "looks", "drawn", "verified", "asymmetry")
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What `progress=` is called with: `products` a sample so far, rows of the largest basis, and of every
+    sample whether it has `converged` and its largest `residual` among the pairs wanted, relative to its norm
+    (NaN before there are as many)."""
+
+    products: int
+    basis: int
+    converged: tuple[bool, ...]
+    residual: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The checked arguments of a run; see `make_plan`."""
+
+    k: int
+    which: str
+    block: int
+    tolerance: float
+    symmetry_tolerance: float
+    max_products: int
+    rows: int
+    stop_at_breakdown: bool
+    seed: int
+    sample_ids: tuple[int, ...]
+
+    def wanted(self, count: int) -> Tensor:
+        """Places of the wanted ones among `count` ascending values."""
+        low = min(self.k, count) if self.which in ("smallest", "both") else 0
+        high = min(self.k, count - low) if self.which != "smallest" else 0
+        return torch.cat([torch.arange(low), torch.arange(count - high, count)])
+
+    def number(self, dimension: int) -> int:
+        """How many pairs are wanted of a problem of this dimension."""
+        return len(self.wanted(dimension))
+
+
+class Run(ABC):
+    """One call of an eigensolver; subclasses say what Ritz pairs are, and how a basis is contracted."""
+
+    name: ClassVar[str]
+    values_dtype: ClassVar[torch.dtype] = torch.float64
+    products_a_vector: ClassVar[int] = 1
+
+    def __init__(
+        self,
+        op: BatchedOperator,
+        plan: Plan,
+        vectors: bool,
+        checkpoint: Path | None,
+        progress: Callable[[Progress], None] | None,
+    ) -> None:
+        self.op, self.plan, self.checkpoint, self.progress = op, plan, checkpoint, progress
+        self.krylov = Decomposition(op.samples, op.dimension, plan.rows, plan.block, op.device)
+        count = plan.number(op.dimension)
+        self.values = torch.full((op.samples, count), float("nan"), dtype=self.values_dtype)
+        self.residuals = torch.full((op.samples, count), float("nan"), dtype=torch.float64)
+        self.vectors = (
+            self.values.new_full((*self.values.shape, op.dimension), float("nan")) if vectors else None
+        )
+        self.results: list[Result | None] = [None] * op.samples
+        self.asymmetry = torch.zeros(op.samples, dtype=torch.float64)
+        self.next_look = torch.full((op.samples,), min(count + plan.block, op.dimension))
+        self.looks = 0
+        self.drawn = torch.zeros(op.samples, dtype=torch.int64)  # random vectors used
+        self.verified = torch.full((op.samples,), -1)  # vectors multiplied until the check ends; -1 before it
+
+    def go(self) -> None:
+        """Multiply and look until every sample is done."""
+        krylov, op, plan = self.krylov, self.op, self.plan
+        if not self._resume():
+            everyone = torch.arange(op.samples)
+            krylov.append(self._random(everyone, plan.block), everyone)
+        while not bool(krylov.frozen.all()):
+            block = krylov.active()
+            products = op.multiply(block)
+            krylov.extend(products, op, plan.tolerance)
+            last = op.products + self.products_a_vector * len(block) > plan.max_products
+            going = ~krylov.frozen
+            if op.calls <= 3 and bool(going.any()):
+                self.check(going.nonzero().flatten())
+            due = going & ((krylov.processed >= self.next_look) | krylov.ended | krylov.full | last)
+            if bool(due.any()):
+                self._look(due.nonzero().flatten(), last)
+            self._refill()
+            if self.checkpoint is not None and bool(due.any()) and self.looks % 8 == 0:
+                self._save()
+        if self.checkpoint is not None:
+            self.checkpoint.unlink(missing_ok=True)
+
+    @abstractmethod
+    def pairs(self, samples: Tensor) -> Iterator[Ritz]:
+        """Ritz pairs of `samples`, in groups of those with equal sizes."""
+
+    @abstractmethod
+    def contract(self, samples: Tensor) -> None:
+        """Thick restart of `samples`."""
+
+    @abstractmethod
+    def check(self, samples: Tensor) -> None:
+        """Raise InvalidInput where the projections show that the operator is not of the solver's kind."""
+
+    @property
+    def kept(self) -> int:
+        """How many Ritz vectors a full basis is contracted to, of those that have been multiplied."""
+        # Two thirds needed the fewest products on spectra of score networks, over bases of 60 to 120 rows.
+        wanted, limit = self.values.shape[1], self.krylov.limit
+        return max(wanted + self.plan.block, 2 * limit // 3)
+
+    def _random(self, samples: Tensor, count: int) -> Tensor:
+        """The next random vectors of the given samples, [count, B, d]; zeros for the others."""
+        op, plan = self.op, self.plan
+        out = torch.zeros(count, op.samples, op.dimension, dtype=torch.float64, device=op.device)
+        for first in torch.unique(self.drawn[samples]).tolist():
+            these = samples[self.drawn[samples] == first]
+            ids = [plan.sample_ids[i] for i in these.tolist()]
+            out[:, these.to(out.device)] = probes(
+                "normal", plan.seed, samples=ids, first=first, count=count, dimension=op.dimension,
+                device=op.device,
+            )  # fmt: skip
+        self.drawn[samples] += count
+        return out
+
+    def _look(self, samples: Tensor, last: bool) -> None:
+        """Ritz pairs of `samples`: freeze those that are done, contract the bases that are full."""
+        krylov, plan = self.krylov, self.plan
+        self.check(samples)
+        self.looks += 1
+        worst_of = [float("nan")] * self.op.samples
+        for ritz in self.pairs(samples):
+            processed, size = ritz.values.shape[1], int(krylov.sizes[ritz.samples[0]])
+            chosen = plan.wanted(processed)
+            scale = ritz.norm
+            krylov.norm[ritz.samples] = scale
+            bound = plan.tolerance * scale[:, None]
+            residuals, noise = ritz.residuals[:, chosen], ritz.noise[:, chosen]
+            everything, enough = processed == self.op.dimension, len(chosen) == self.values.shape[1]
+            within = (residuals <= bound).all(1) & enough
+            # More steps reduce the coupling to what is not in the basis yet, not the noise of the products.
+            settled = ((residuals.square() - noise.square()).clamp_min(0).sqrt() <= bound).all(1) & enough
+            complete = self._is_complete(ritz, chosen, bound[:, 0]) | everything
+            for place, i in enumerate(ritz.samples.tolist()):
+                worst_of[i] = (
+                    float(residuals[place].max() / scale[place].clamp_min(1e-300)) if enough else float("nan")
+                )
+                result: Result | None = None
+                if not within[place]:
+                    self.verified[i] = -1
+                if within[place] and complete[place]:
+                    # A sequence begun after a breakdown has been such a check.
+                    if everything or last or krylov.sequences[i] > 1 or self._verify(i):
+                        result = Result.converged
+                elif everything or (settled[place] and not within[place]):
+                    result = Result.stagnated
+                elif processed == size and plan.stop_at_breakdown:
+                    result = Result.converged if within[place] else Result.invariant_subspace
+                elif last:
+                    result = Result.not_converged
+                if result is not None:
+                    self.keep(i, ritz.of(slice(place, place + 1)), chosen, result)
+            grown = max(plan.block, int(_GROWTH * processed))
+            self.next_look[ritz.samples] = krylov.processed[ritz.samples] + grown
+        full = samples[(krylov.full & ~krylov.frozen)[samples]]
+        if len(full):
+            self.contract(full)
+        if self.progress is not None:
+            done = tuple(result is not None and result.ok for result in self.results)
+            self.progress(Progress(self.op.products, int(krylov.sizes.max()), done, tuple(worst_of)))
+
+    def _verify(self, i: int) -> bool:
+        """Whether sample i, all of whose pairs have converged, has been looked at with other eyes as well."""
+        krylov = self.krylov
+        if 0 <= int(self.verified[i]) <= int(krylov.multiplied[i]):
+            return True
+        active = int(krylov.sizes[i] - krylov.processed[i]) + 1
+        if self.values.shape[1] + 3 * active > krylov.limit:
+            return True
+        if int(self.verified[i]) < 0:
+            more = max(_LEAST_VERIFICATION, int(_VERIFICATION * int(krylov.processed[i])))
+            self.verified[i] = krylov.multiplied[i] + more
+            one = torch.tensor([i])
+            krylov.append(self._random(one, 1), one, sequence=False)
+        return False
+
+    def _is_complete(self, ritz: Ritz, chosen: Tensor, bound: Tensor) -> Tensor:
+        """Whether no eigenvalue beyond the wanted ones can have been missed, [G] bool.
+
+        Before any breakdown that is taken for granted, as by every Krylov method. A breakdown shows that a
+        start did not see all eigenvalues; then a sequence begun since must have none that is better than the
+        last one wanted: its outermost pair has settled there, or farther in.
+        """
+        krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
+        complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
+        ends = [(0, k - 1, 1)] if self.plan.which in ("smallest", "both") else []
+        ends += [(-1, -k, -1)] if self.plan.which != "smallest" else []
+        for place in (krylov.sequences[ritz.samples] > 1).nonzero().flatten().tolist():
+            fresh = ritz.fresh[place].nonzero().flatten()
+            for outermost, last, inwards in ends if len(fresh) else ():
+                pair = fresh[outermost]
+                distance = inwards * (ritz.keys[place, pair] - ritz.keys[place, chosen[last]])
+                settled = ritz.residuals[place, pair] <= torch.maximum(bound[place], distance)
+                complete[place] &= (distance >= -bound[place]) & settled
+            complete[place] &= len(fresh) > 0
+        return complete
+
+    def keep(self, i: int, ritz: Ritz, chosen: Tensor, result: Result) -> None:
+        """Freeze sample i with the chosen ones of its pairs."""
+        count = len(chosen)
+        self.values[i, :count], self.residuals[i, :count] = ritz.values[0, chosen], ritz.residuals[0, chosen]
+        if self.vectors is not None:
+            self.vectors[i, :count] = self.krylov.vectors(ritz, chosen)[0]
+        self.results[i] = result
+        self.krylov.frozen[i] = True
+
+    def _refill(self) -> None:
+        """A fresh random block for every sample whose sequence has closed."""
+        samples = self.krylov.ended.nonzero().flatten()
+        if len(samples):
+            self.krylov.append(self._random(samples, self.plan.block), samples)
+
+    def solution(self, began: float) -> Solution:
+        """The pairs of all samples."""
+        results = tuple(result for result in self.results if result is not None)
+        shape = (self.op.samples, self.values.shape[1], *self.op.sample_shape)
+        stats = Stats(
+            products=self.op.products,
+            steps=self.op.calls,
+            restarts=self.krylov.restarts,
+            norm=self.krylov.norm.clone(),
+            asymmetry=self.asymmetry,
+            deflated=self.krylov.deflated,
+            breakdowns=self.krylov.breakdowns,
+            seconds=time.perf_counter() - began,
+            operator_seconds=self.op.seconds,
+        )
+        device = self.op.device
+        vectors = None if self.vectors is None else self.vectors.reshape(shape).to(device)
+        return Solution(
+            self.values.to(device), vectors, self.residuals.to(device), worst(results), results, stats
+        )
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint must agree with."""
+        op, plan = self.op, replace(self.plan, max_products=0)
+        return {
+            "solver": self.name, "plan": repr(plan), "samples": op.samples, "dimension": op.dimension,
+            "dtype": str(op.dtype), "vectors": self.vectors is not None,
+        }  # fmt: skip
+
+    def _save(self) -> None:
+        assert self.checkpoint is not None
+        state = {name: getattr(self, name) for name in _STATE}
+        state["krylov"] = self.krylov.state()
+        state["results"] = [result and result.name for result in self.results]
+        state["operator"] = (self.op.products, self.op.calls, self.op.seconds)
+        write_checkpoint(self.checkpoint, self._identity(), state)
+
+    def _resume(self) -> bool:
+        """Whether the run goes on from its checkpoint."""
+        state = None if self.checkpoint is None else read_checkpoint(self.checkpoint, self._identity())
+        if state is None:
+            return False
+        self.krylov.load_state(state["krylov"])
+        for name in _STATE:
+            setattr(self, name, state[name])
+        self.results = [name and Result[name] for name in state["results"]]
+        self.op.products, self.op.calls, self.op.seconds = state["operator"]
+        self._check_operator()
+        return True
+
+    def _check_operator(self) -> None:
+        """One product tells whether the checkpoint's basis was made by this operator."""
+        krylov = self.krylov
+        first = krylov.basis[:, :1].transpose(0, 1)
+        image = self.op.multiply(first).to(torch.float64).transpose(0, 1)
+        along = (krylov.basis @ image.mT)[..., 0]
+        off = torch.linalg.vector_norm(along - krylov.projected[..., 0], dim=1).cpu()
+        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0].cpu()
+        if bool(((off > allowed) & ~krylov.frozen).any()):
+            raise InvalidInput(
+                f"checkpoint: {self.checkpoint} is of another operator than this {self.op.name}"
+            )
+
+
+def make_plan(
+    op: BatchedOperator, k: int, which: str, block: int, tolerance: float | None, max_products: int | None,
+    max_basis: int | None, on_breakdown: str, seed: int, sample_ids: Sequence[int] | None,
+    symmetry_tolerance: float | None, ends: Sequence[str] = ENDS,
+) -> Plan:  # fmt: skip
+    """The arguments of an eigensolver, checked, with their defaults. Raises InvalidInput."""
+    d = op.dimension
+    check_count("k", k, 1, d, "the dimension")
+    check_count("block", block, 1, None, "")
+    block = min(block, d)
+    if which not in ends:
+        raise InvalidInput(f"which: expected one of {', '.join(ends)}; got {which!r}")
+    if on_breakdown not in ("continue", "stop"):
+        raise InvalidInput(f"on_breakdown: expected 'continue' or 'stop'; got {on_breakdown!r}")
+    exact, low = op.rounding < 1e-12, op.rounding > 1e-3
+    if tolerance is None:
+        tolerance = 1e-10 if exact else 2e-2 if low else 1e-5
+    if symmetry_tolerance is None:
+        symmetry_tolerance = 1e-8 if exact else 0.1 if low else 1e-3
+    for name, value in (("tolerance", tolerance), ("symmetry_tolerance", symmetry_tolerance)):
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
+            raise InvalidInput(f"{name}: expected a number >= 0; got {value!r}")
+    wanted = min(2 * k, d) if which == "both" else k
+    least = min(d, wanted + 3 * block)
+    if max_basis is None:
+        max_basis = max(least, min(_BASIS_ROWS, _BASIS_ENTRIES // d, d), min(d, 2 * wanted + 4 * block))
+    check_count("max_basis", max_basis, least, None, "pairs + 3 blocks")
+    if max_products is None:
+        max_products = 10 * d + 100
+    check_count("max_products", max_products, 1, None, "")
+    check_count("seed", seed, 0, 2**63 - 1, "")
+    ids = tuple(range(op.samples)) if sample_ids is None else tuple(sample_ids)
+    if len(ids) != op.samples:
+        raise InvalidInput(f"sample_ids: expected {op.samples}, one for each sample; got {len(ids)}")
+    return Plan(
+        k, which, block, float(tolerance), float(symmetry_tolerance), max_products, min(max_basis, d),
+        on_breakdown == "stop", seed, ids,
+    )  # fmt: skip
+
+
+def check_count(name: str, value: int, least: int, most: int | None, what: str) -> None:
+    """Raise InvalidInput where `value` is not an integer from `least` to `most` (`what` says why these)."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, int)
+        or value < least
+        or (most is not None and value > most)
+    ):
+        upto = "" if most is None else f" to {most}"
+        reason = f" ({what})" if what else ""
+        raise InvalidInput(f"{name}: expected an integer from {least}{upto}{reason}; got {value!r}")
