@@ -24,7 +24,7 @@ from measure import Run, Table
 from problems import Problem
 
 import sharpcore
-from sharpcore.krylov import block_lanczos
+from sharpcore.krylov import arnoldi, block_lanczos
 
 COUNT = 10  # pairs at each end
 BATCH = 8
