@@ -100,6 +100,14 @@ def test_krylov_paper(table: Table, benchmark: Any) -> None:
 
         row = table.add(what, run, error=error, turns=2)
 
+    def ours() -> Any:
+        return arnoldi(hessians.hessian(0).jacobian, COUNT, tolerance=TOLERANCE, seed=0)
+
+    def of_ours(solution: Any) -> float:
+        own.labels["products"] = solution.stats.products
+        return hessians.residual(0, _pairs(solution, 0), jacobian)
+
+    own = table.add("arnoldi, pairs of J", ours, error=of_ours)
     add(
         "paper's procedure, Arnoldi on torch.func.jvp",
         jacobian,
