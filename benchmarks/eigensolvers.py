@@ -118,7 +118,7 @@ def lobpcg(operator: Operator, count: int, tolerance: float, norm: float) -> Pai
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where it gives up; the residual is looked at anyway
         ends = [
-            solve(matrix, start.copy(), largest=largest, tol=tolerance * norm, maxiter=1000)
+            solve(matrix, start.copy(), largest=largest, tol=tolerance * norm, maxiter=200)
             for largest in (False, True)
         ]
     return Pairs.of(*ends)
