@@ -118,9 +118,10 @@ class _Lanczos(Run):
 
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
-            count = min(self.kept, ritz.values.shape[1] - self.plan.block)
-            ends = replace(self.plan, k=(count + 1) // 2 if self.plan.which == "both" else count)
-            kept = ends.wanted(ritz.values.shape[1]).expand(len(ritz.samples), -1)
+            processed = ritz.values.shape[1]
+            count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
+            ends = replace(self.plan, k=count // 2 if self.plan.which == "both" else count)
+            kept = ends.wanted(processed).expand(len(ritz.samples), -1)
             # Pairs of the closed part first, so that the sequence begun after it stays in one piece.
             fresh = ritz.fresh.gather(1, kept)
             kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)

@@ -146,8 +146,9 @@ class Decomposition:
 
     @property
     def full(self) -> Tensor:
-        """[B] bool: samples without room for what the next product, or a fresh block, may add."""
-        coming = torch.where(self.ended, self.block, self.sizes - self.processed)
+        """[B] bool: samples without room for what the next product may add, or a fresh block and its
+        product."""
+        coming = torch.where(self.ended, 2 * self.block, self.sizes - self.processed)
         return (self.sizes + coming > self.limit) & (self.limit < self.basis.shape[2])
 
     def asymmetry(self, samples: Tensor) -> Tensor:
