@@ -101,12 +101,11 @@ class _Arnoldi(Run):
 
     def contract(self, samples: Tensor) -> None:
         for group, start, processed, size in self.krylov.groups(samples):
-            active = size - processed
-            # So few that the next product, or a fresh block, has room.
-            most = self.krylov.limit - active - (active or self.plan.block)
+            count = self.kept(size - processed)
+            most = self.krylov.limit - 2 * (size - processed or self.plan.block)
             for i in group:
                 square = self.krylov.projected[i, :processed, :processed]
-                weights, closed = outermost(square, start, min(self.kept, most), most, self.plan.which)
+                weights, closed = outermost(square, start, count, most, self.plan.which)
                 self.krylov.contract(i[None], weights[None], torch.tensor([closed]))
 
     def check(self, samples: Tensor) -> None:

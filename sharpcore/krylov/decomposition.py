@@ -150,14 +150,10 @@ class Decomposition:
 
     @property
     def full(self) -> Tensor:
-        """[B] bool: samples without room for what the next product, or a fresh block, may add."""
-        coming = torch.where(self.ended, self.block, self.sizes - self.processed)
+        """[B] bool: samples without room for what the next product may add, or a fresh block and its
+        product."""
+        coming = torch.where(self.ended, 2 * self.block, self.sizes - self.processed)
         return (self.sizes + coming > self.limit) & (self.limit < self.basis.shape[2])
-
-    def room(self, group: Tensor) -> int:
-        """The most rows that a basis of the group may keep, so that two more blocks have room beside them."""
-        active = int(self.sizes[group[0]] - self.processed[group[0]])
-        return self.limit - active - max(active, self.block)
 
     def asymmetry(self, samples: Tensor) -> Tensor:
         """||H - H^T|| / ||H|| over the multiplied part, for `samples`; 0 for H = 0."""

@@ -190,7 +190,7 @@ class _GolubKahan(Run):
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
             processed = ritz.values.shape[1]
-            count = min(self.kept, processed - self.plan.block, self.krylov.room(ritz.samples))
+            count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
             ends = replace(self.plan, k=max(1, count // 2) if self.plan.which == "both" else count)
             kept = ends.wanted(processed).expand(len(ritz.samples), -1)
             fresh = ritz.fresh.gather(1, kept)

@@ -145,12 +145,14 @@ class Run(ABC):
     def check(self, samples: Tensor) -> None:
         """Raise InvalidInput where the projections show that the operator is not of the solver's kind."""
 
-    @property
-    def kept(self) -> int:
-        """How many Ritz vectors a full basis is contracted to, of those that have been multiplied."""
+    def kept(self, active: int) -> int:
+        """How many Ritz vectors a full basis is contracted to, of those that have been multiplied.
+
+        So few that the `active` block, or the one after a breakdown (0), and its products have room.
+        """
         # Two thirds needed the fewest products on spectra of score networks, over bases of 60 to 120 rows.
-        wanted, limit = self.values.shape[1], self.krylov.limit
-        return max(wanted + self.plan.block, 2 * limit // 3)
+        wanted, limit, block = self.values.shape[1], self.krylov.limit, self.plan.block
+        return min(max(wanted + block, 2 * limit // 3), limit - 2 * (active or block))
 
     def _next_width(self) -> int:
         """The most vectors that the next block has, a fresh one where a sequence has closed."""
@@ -241,7 +243,8 @@ class Run(ABC):
 
         Before any breakdown that is taken for granted, as by every Krylov method. A breakdown shows that a
         start did not see all eigenvalues; then a sequence begun since must have none that is better than the
-        last one wanted: its outermost pair has settled there, or farther in.
+        last one wanted: its outermost pair has converged there, or farther in. Being farther in by more than
+        its residual is not enough: a start holds little of the few vectors of a rare eigenvalue.
         """
         krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
         complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
@@ -252,7 +255,7 @@ class Run(ABC):
             for outermost, last, inwards in ends if len(fresh) else ():
                 pair = fresh[outermost]
                 distance = inwards * (ritz.keys[place, pair] - ritz.keys[place, chosen[last]])
-                settled = ritz.residuals[place, pair] <= torch.maximum(bound[place], distance)
+                settled = ritz.residuals[place, pair] <= bound[place]
                 complete[place] &= (distance >= -bound[place]) & settled
             complete[place] &= len(fresh) > 0
         return complete
