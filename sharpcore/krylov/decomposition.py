@@ -97,8 +97,8 @@ class Decomposition:
         peak = products.abs().amax((0, 2)).cpu()
         if bool(((peak > 0) & ((peak > 1e140) | (peak < 1e-140))).any()):
             raise InvalidInput(
-                "operator: expected one whose products have entries between 1e-140 and 1e140, as their squares "
-                f"must be float64 numbers; got entries up to {float(peak.max()):.2g}: scale it"
+                "operator: expected one whose products have entries between 1e-140 and 1e140, as their "
+                f"squares must be float64 numbers; got entries up to {float(peak.max()):.2g}: scale it"
             )
         self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
 
