@@ -121,6 +121,25 @@ def test_restarts_find_every_copy() -> None:
     check_pairs(a, solution, torch.linalg.eigvalsh(a)[:9], 1e-10)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("max_basis", [None, 16])
+def test_copies_of_a_rare_eigenvalue_are_not_missed(k: int, max_basis: int | None) -> None:
+    # A second sequence's first Ritz value is near 0, farther from 0.9 than its residual: that proves nothing.
+    a = matrix(torch.tensor([0.0] * 46 + [0.9] + [1.0] * 3))
+    solution = block_lanczos(a, k, "largest", max_basis=max_basis)
+    assert solution.result is Result.converged
+    assert float((solution.values[0] - 1).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_fresh_blocks_have_room_in_a_bounded_basis(block: int) -> None:
+    a = matrix(torch.arange(3.0).repeat(8)[:22])
+    solution = block_lanczos(a, 6, "largest", block=block, max_basis=6 + 3 * block)
+    # Products that were cut off would leave residuals of 0.1, called stagnation.
+    assert solution.result is Result.converged
+    check_pairs(a, solution, torch.full((6,), 2.0).double(), 1e-9)
+
+
 @pytest.mark.parametrize("name", ["line", "clustered", "degenerate", "rank one", "one outlier"])
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("restart", [False, True])

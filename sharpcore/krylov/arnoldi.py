@@ -94,8 +94,9 @@ class _Arnoldi(Run):
         image = h.to(weights.dtype) @ weights
         coupling = torch.linalg.vector_norm(image[:, processed:], dim=1)
         noise = torch.linalg.vector_norm(image[:, :processed] - weights * values[:, None, :], dim=1)
-        noise = noise.hypot(self.krylov.carried(group, weights))
         norm = torch.linalg.matrix_norm(square, 2)
+        # A projection without symmetry does not show what the products themselves were rounded by.
+        noise = noise.hypot(self.krylov.carried(group, weights)).hypot(self.op.rounding * norm[:, None])
         keys, fresh = _keys(values, self.plan.which), _not_among(values, closed)
         return Ritz(group, values, keys, weights, noise, coupling.hypot(noise), fresh, norm)
 

@@ -159,6 +159,13 @@ class _GolubKahan(Run):
         )
         self.left = None if self.vectors is None else self.vectors.clone()
 
+    @property
+    def verification(self) -> float:
+        # Small singular values are inner ones, eigenvalues of both signs: copies show as late as they did.
+        # With an eighth, copies were missed in 8 of 8 skew-symmetric matrices (all values double), with half
+        # in none.
+        return super().verification if self.plan.which == "largest" else 1 / 2
+
     def pairs(self, samples: Tensor) -> Iterator[_Triplets]:
         for group, start, processed, size in self.krylov.groups(samples):
             yield self._triplets(group, start, processed, size)

@@ -133,6 +133,11 @@ class Run(ABC):
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
 
+    @property
+    def verification(self) -> float:
+        """How many more vectors are multiplied to look for missed pairs, a share of the basis."""
+        return _VERIFICATION
+
     @abstractmethod
     def pairs(self, samples: Tensor) -> Iterator[Ritz]:
         """Ritz pairs of `samples`, in groups of those with equal sizes."""
@@ -232,7 +237,7 @@ class Run(ABC):
         if self.op.products + self.products_a_vector * active > self.plan.max_products:
             return True
         if int(self.verified[i]) < 0:
-            more = max(_LEAST_VERIFICATION, int(_VERIFICATION * int(krylov.processed[i])))
+            more = max(_LEAST_VERIFICATION, int(self.verification * int(krylov.processed[i])))
             self.verified[i] = krylov.multiplied[i] + more
             one = torch.tensor([i])
             krylov.append(self._random(one, 1), one, sequence=False)
