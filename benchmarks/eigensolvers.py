@@ -118,7 +118,7 @@ def lobpcg(operator: Operator, count: int, tolerance: float, norm: float) -> Pai
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns where it gives up; the residual is looked at anyway
         ends = [
-            solve(matrix, start.copy(), largest=largest, tol=tolerance * norm, maxiter=1000)
+            solve(matrix, start.copy(), largest=largest, tol=tolerance * norm, maxiter=200)
             for largest in (False, True)
         ]
     return Pairs.of(*ends)
@@ -138,11 +138,10 @@ def primme(operator: Operator, count: int, tolerance: float, norm: float, block:
 def arnoldi_procedure(
     operator: Operator, count: int, tolerance: float, norm: float, every: int = 10, most: int = 500
 ) -> Pairs:
-    """The procedure of arXiv 2412.04140: Arnoldi with one vector, here until its pairs have converged.
+    """Arnoldi with one vector, as arXiv 2412.04140 finds eigenvalues, until its pairs have converged.
 
-    The Ritz pairs are looked at every few steps, where the paper takes a fixed number of steps. Gram-Schmidt
-    goes twice over a float64 basis: with one pass, modified or not, the basis loses its independence within
-    200 steps here, and zeros come up among the eigenvalues. It costs little beside the products.
+    The Ritz pairs are looked at every few steps. Gram-Schmidt goes twice over a float64 basis, which costs
+    little beside the products: one pass, modified Gram-Schmidt, gave zeros among the eigenvalues here.
     """
     basis = np.zeros((most + 1, operator.dimension))
     hessenberg = np.zeros((most + 1, most))

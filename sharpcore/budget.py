@@ -33,8 +33,8 @@ class Choice:
     """What is made again in every product, and what the rest takes, in bytes.
 
     `again` are the ids of the weights of which no copy is kept. `kept` are residuals and checkpoints,
-    `copies` the kept copies of weights, `transient` the largest segment with the largest copy that is made
-    again, and `workspace` the tangents of a product with one vector.
+    `copies` the kept copies of weights, `transient` the most that is alive of a segment and a copy that are
+    made again, and `workspace` the tangents of a product with one vector.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -67,14 +67,14 @@ def choose(
     first: a copy of a weight costs 32 FLOPs a byte, a result of a layer of width d some d/2 and more. Raises
     OutOfMemory where no choice fits.
     """
-    facts = _Facts(program, maps, memory)
-    everything = _State(facts, copies, workspace).choice()
+    facts = _Facts(program, maps, memory, copies)
+    everything = _State(facts, workspace).choice()
     if everything.needed <= budget:
         return everything
     best: Choice | None = None
     least = everything.needed
     for length in _LENGTHS:
-        found, lowest = _greedy(facts, _cut(program, length), copies, workspace, budget)
+        found, lowest = _greedy(facts, _cut(program, length), workspace, budget)
         least = min(least, lowest)
         if found is not None and (best is None or found.work < best.work):
             best = found
@@ -120,8 +120,16 @@ def workspace_bytes(program: Program, maps: Sequence[LinearMap | None]) -> int:
 class _Facts:
     """What a choice weighs: the bytes of maps and values, and the work of every operation."""
 
-    def __init__(self, program: Program, maps: Sequence[LinearMap | None], memory: Sequence[Memory]) -> None:
-        self.program, self.memory = program, memory
+    def __init__(
+        self,
+        program: Program,
+        maps: Sequence[LinearMap | None],
+        memory: Sequence[Memory],
+        copies: Memory,
+    ) -> None:
+        self.program, self.memory, self.copies = program, memory, copies
+        weights = [id(getattr(instruction, "weight", None)) for instruction in maps]
+        self.copied = [key if key in copies else None for key in weights]  # by node
         self.values: dict[int, tuple[Hashable, int]] = {}
         self.work: list[float] = []
         self._intense: list[float] = []
@@ -200,16 +208,22 @@ class _Option:
     segment: Segment
     work: float
     saving: int  # about: what neighbours share is not known
-    peak: int
+    peak: int  # while its maps are made
+    made: int  # of its maps
+    copied: frozenset[Hashable]  # the weights of its layers
+
+    def transient(self, again: Memory) -> int:
+        """The most that it takes where the copies of these weights are made again."""
+        return max(self.peak, self.made + max((again.get(key, 0) for key in self.copied), default=0))
 
 
 class _State:
     """A choice under construction, with its memory."""
 
-    def __init__(self, facts: _Facts, copies: Memory, workspace: int) -> None:
-        self._facts, self._copies, self._workspace = facts, copies, workspace
+    def __init__(self, facts: _Facts, workspace: int) -> None:
+        self._facts, self._workspace = facts, workspace
         self.chosen: dict[int, _Option] = {}  # by the start of the segment
-        self.again: set[Hashable] = set()
+        self.again: dict[Hashable, int] = {}
         self._users: Counter[Hashable] = Counter()
         self._sizes: dict[Hashable, int] = {}
         self._kept = 0
@@ -240,26 +254,27 @@ class _State:
     def choice(self) -> Choice:
         """What has been chosen so far."""
         options = [self.chosen[start] for start in sorted(self.chosen)]
-        again = [self._copies[key] for key in self.again]
+        again = sum(self.again.values())
         return Choice(
             segments=tuple(option.segment for option in options),
             again=frozenset(self.again),
-            work=sum(option.work for option in options) + _COPIED * sum(again),
+            work=sum(option.work for option in options) + _COPIED * again,
             kept=self._kept,
-            copies=sum(self._copies.values()) - sum(again),
-            transient=max((option.peak for option in options), default=0) + max(again, default=0),
+            copies=sum(self._facts.copies.values()) - again,
+            transient=max(
+                (*self.again.values(), *(option.transient(self.again) for option in options)), default=0
+            ),
             workspace=self._workspace,
         )
 
 
-def _greedy(
-    facts: _Facts, bounds: Sequence[int], copies: Memory, workspace: int, budget: float
-) -> tuple[Choice | None, int]:
+def _greedy(facts: _Facts, bounds: Sequence[int], workspace: int, budget: float) -> tuple[Choice | None, int]:
     """Give up what costs the least work a byte until the rest fits; with it the least that was seen to be
     needed."""
     options = {start: _options(facts, start, stop) for start, stop in itertools.pairwise(bounds)}
-    state = _State(facts, copies, workspace)
-    weights = sorted(copies, key=lambda key: -copies[key])  # the smallest first: the largest counts twice
+    state = _State(facts, workspace)
+    # The smallest first: of those that are made again the largest counts.
+    weights = sorted(facts.copies, key=lambda key: -facts.copies[key])
     queue: list[tuple[float, int, int]] = []  # work a byte, segment, option
 
     def propose(start: int) -> None:
@@ -278,7 +293,8 @@ def _greedy(
     least = state.choice().needed
     while (weights or queue) and least > budget:
         if weights and (not queue or queue[0][0] >= _COPIED):
-            state.again.add(weights.pop())
+            weight = weights.pop()
+            state.again[weight] = facts.copies[weight]
         else:
             _, start, number = heapq.heappop(queue)
             state.set(start, options[start][number])
@@ -306,7 +322,9 @@ def _options(facts: _Facts, start: int, stop: int) -> list[_Option]:
         saving -= sum(size for key, size in held.items() if key not in facts.in_maps)
         if saving > 0:
             work = sum(facts.work[index] for index in segment.runs)
-            found[segment] = _Option(segment, work, saving, facts.peak(segment))
+            made = sum(size for key, size in maps.items() if key not in held)
+            copied = frozenset(facts.copied[start:stop])
+            found[segment] = _Option(segment, work, saving, facts.peak(segment), made, copied)
     return list(found.values())
 
 

@@ -7,6 +7,7 @@ keyword arguments of the network: tensors with one row a sample, or such diction
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,10 @@ from .errors import InvalidInput, UnsupportedModel
 from .score import prediction_type_of
 
 Conditioning = dict[str, Any]
+
+# Tokenizers keep padding and truncation of their last call as a state: of two threads at once, with whatever
+# scorers, one would encode a prompt without padding.
+_TOKENIZING = threading.Lock()
 
 
 def check_pipeline(pipe: Any) -> None:
@@ -102,9 +107,10 @@ def encode_unconditional(pipe: Any, *, height: int | None = None, width: int | N
 
 def _encode(pipe: Any, prompt: str, guidance: bool) -> tuple[Any, ...]:
     device = getattr(pipe, "_execution_device", None) or pipe.device
-    encoded = pipe.encode_prompt(
-        prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guidance
-    )
+    with _TOKENIZING:
+        encoded = pipe.encode_prompt(
+            prompt=prompt, device=device, num_images_per_prompt=1, do_classifier_free_guidance=guidance
+        )
     return tuple(encoded)
 
 
@@ -199,7 +205,8 @@ def dropped_tokens(pipe: Any, prompt: str) -> int:
     for tokenizer, _ in _pairs(pipe):
         convert = getattr(pipe, "maybe_convert_prompt", None)
         text = convert(prompt, tokenizer) if convert is not None else prompt
-        tokens = tokenizer(text, truncation=False, verbose=False).input_ids
+        with _TOKENIZING:
+            tokens = tokenizer(text, truncation=False, verbose=False).input_ids
         most = max(most, len(tokens) - tokenizer.model_max_length)
     return most
 

@@ -112,9 +112,9 @@ class Linearization:
         self._ready = False
         self._workspace = Workspace()
         with _plain_precision(x):
-            # The other half is for the pass itself, which goes on while its maps pile up.
-            half = None if self.memory_budget is None else max(1, self.memory_budget // 2)
-            budget = self._lowering.unrounded(half)
+            # The rest is for the pass itself, which goes on while its maps pile up.
+            third = None if self.memory_budget is None else max(1, self.memory_budget // 3)
+            budget = self._lowering.unrounded(third)
             self.program, maps, self.value, parameters = trace(self._f, x, bound, self.backend, budget)
         with torch.inference_mode(False):
             self.x = x.detach().clone()

@@ -160,8 +160,9 @@ def posterior_modes(
     x = covariance._template
     if mean is not None and mean.shape != x.shape:
         raise InvalidInput(f"mean: expected shape {list(x.shape)}; got {list(mean.shape)}")
+    # The covariance has the Hessian's eigenvectors; its own products nearly cancel where noise is all.
     found = block_lanczos(
-        covariance,
+        covariance.hessian,
         k,
         "largest",
         block=block,
@@ -171,9 +172,11 @@ def posterior_modes(
         batched=True,
     )
     assert found.vectors is not None
-    return PosteriorModes(
-        found.values.flip(1), found.vectors.flip(1), found.residuals.flip(1), mean, found.result
+    on_identity, on_hessian = (
+        factor.double().reshape(-1, 1) for factor in (covariance._on_identity, covariance._on_hessian)
     )
+    variances, residuals = on_identity + on_hessian * found.values, on_hessian * found.residuals
+    return PosteriorModes(variances.flip(1), found.vectors.flip(1), residuals.flip(1), mean, found.result)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sharpcore.backends.launches import recording
 from sharpcore.explain import Cost, Timing, explain
+from sharpcore.memory import give_back_freed
 from sharpcore.plan import ADD, Instruction, Log, Plan
 from sharpcore.rules import Call, LinearMap, Rule, load_rules
 from sharpcore.rules.fallback import fallback
@@ -22,6 +23,10 @@ from sharpcore.rules.pointwise import Sum, geglu
 if TYPE_CHECKING:
     from sharpcore.lowering import Lowering
     from sharpcore.residuals import Residuals, Segment
+
+
+# Under a memory budget: after how many recorded operations freed memory is given back.
+GIVE_BACK_EVERY = 32
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,8 @@ class Program:
         on the point and the checkpoints go to `residuals`."""
         rules = load_rules()
         for index, node in enumerate(self.nodes):
+            if residuals.segments and index % GIVE_BACK_EVERY == 0:
+                give_back_freed()
             args = node.fill(values)
             wanted = node.remade and not residuals.recomputes(index)
             if wanted:

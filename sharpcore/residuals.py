@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from sharpcore.lowering import Lowering
+from sharpcore.memory import give_back_freed
 from sharpcore.program import Node, Program
 from sharpcore.rules import LinearMap, storage_of
 
@@ -81,7 +82,8 @@ class Segment:
 class Residuals(Sequence["LinearMap | None"]):
     """The maps of a linearization by node; those of a recomputed segment are made when one is asked for.
 
-    One segment at a time is held beside what is kept. Maps that do not depend on the point are always kept.
+    One segment at a time is held beside what is kept, until a node outside of it is asked for. Maps that do
+    not depend on the point are always kept.
     """
 
     def __init__(
@@ -114,15 +116,13 @@ class Residuals(Sequence["LinearMap | None"]):
             return [self[i] for i in range(*node.indices(len(self)))]
         kept = self._kept[node]
         segment = self._of.get(node)
+        if self._made[0] is not segment:
+            self.release()
         if kept is not None or segment is None:
             return kept
-        made_for, made = self._made
-        if made_for is not segment:
-            del made
-            self._made = (None, {})  # the other segment goes first
-            made = self.make(segment)
-            self._made = (segment, made)
-        return made.get(node)
+        if self._made[0] is None:
+            self._made = (segment, self.make(segment))
+        return self._made[1].get(node)
 
     def make(self, segment: Segment) -> dict[int, LinearMap]:
         """The maps of a segment, from the checkpoints."""
@@ -154,7 +154,9 @@ class Residuals(Sequence["LinearMap | None"]):
 
     def release(self) -> None:
         """Drop the segment that was made last."""
-        self._made = (None, {})
+        if self._made[0] is not None:
+            self._made = (None, {})
+            give_back_freed()
 
     def tensors(self) -> Iterator[tuple[int | None, Tensor]]:
         """Every tensor that is kept, with the node of its map; None for a checkpoint."""

@@ -5,10 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
-import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +16,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
+from sharpcore.aliases import Aliases, InPlaceWrites, Kind, leaves, replace_tensors
 from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.lowering import is_fixed
-from sharpcore.program import Node, Program, Ref, build_map
+from sharpcore.memory import give_back_freed
+from sharpcore.program import GIVE_BACK_EVERY, Node, Program, Ref, build_map
 from sharpcore.residuals import Dropped, residual_storages
 from sharpcore.rules import (
     SHAPE_ONLY,
@@ -41,69 +40,13 @@ _RECENT = 8
 _BATCH_NORMS = {aten.native_batch_norm.default, aten.cudnn_batch_norm.default, aten.miopen_batch_norm.default}
 
 
-class Kind(Enum):
-    """What a recorded value is to the derivative."""
-
-    PRIMAL = "depends on an input, but carries no tangent"
-    ACTIVE = "carries a tangent"
-    OPAQUE = "depends on x in a way that has no rule; an error if a tangent would need it"
-
-
-@dataclass
-class _Binding:
-    """Which value of the program a live tensor holds, and after how many in-place writes to its storage."""
-
-    tensor: weakref.ref[Tensor]
-    value: int
-    writes: int
-    storage: int | None
-
-
-@dataclass
-class _WrittenStorage:
-    """A storage that was written in place with recorded values: where, and with which value."""
-
-    storage: Any  # held, so that its address is not reused during the trace
-    # Each write: value, size, stride, offset, bytes of an entry.
-    writes: list[tuple[int, torch.Size, tuple[int, ...], Any, int]] = field(default_factory=list)
-
-    def add(self, value: int, target: Tensor) -> None:
-        geometry = (target.size(), target.stride(), target.storage_offset(), target.element_size())
-        self.writes.append((value, *geometry))
-
-
-def _leaves(args: Sequence[Any]) -> Iterator[tuple[int | tuple[int, int], Tensor]]:
-    for i, arg in enumerate(args):
-        if isinstance(arg, Tensor):
-            yield i, arg
-        elif isinstance(arg, (list, tuple)):
-            for j, part in enumerate(arg):
-                if isinstance(part, Tensor):
-                    yield (i, j), part
-
-
-def _replace(args: Sequence[Any], replacement: Callable[[Tensor], Any]) -> tuple[Any, ...]:
-    def one(arg: Any) -> Any:
-        if isinstance(arg, Tensor):
-            return replacement(arg)
-        if isinstance(arg, (list, tuple)) and any(isinstance(part, Tensor) for part in arg):
-            return [replacement(part) if isinstance(part, Tensor) else part for part in arg]
-        return arg
-
-    return tuple(one(arg) for arg in args)
-
-
-def _storage_key(tensor: Tensor) -> int:
-    return tensor.untyped_storage()._cdata
-
-
 class Tracer:
     """One recording of f(x, *bound): the nodes of the program, and the linear map of each at this point."""
 
     def __init__(self, kernels: Any, budget: float | None) -> None:
         self.kernels = kernels
         self.budget = budget
-        self._counted: dict[int, StorageWeakRef] = {}  # storages that maps keep; see _dependent
+        self._counted: dict[int, StorageWeakRef] = {}  # storages that maps keep
         self._kept_bytes = 0
         self._dropped = 0  # maps before this one have been let go of
         self._results: list[StorageWeakRef] = []  # of all nodes, so that no address is given twice
@@ -119,14 +62,8 @@ class Tracer:
         self.failure: SharpcoreError | None = None
         self.paused = False
         self._running = False  # inside the caller's own operation, whose exceptions are the caller's
-        self._bindings: dict[int, _Binding] = {}
-        self._written: dict[int, _WrittenStorage] = {}
-        # Storages that hold recorded values. A weak reference keeps the address from being reused, not the
-        # memory alive.
-        self._dependent: dict[int, StorageWeakRef] = {}
-        self._active: set[int] = set()  # storages that hold values with a tangent
-        self._detached: set[int] = set()  # values without a tangent that share the memory of one with it
-        self._captured: set[int] = set()  # storages that nodes or maps refer to
+        self.aliases = Aliases(self)
+        self.writes = InPlaceWrites(self, self.aliases)
         self._names: dict[int, str] = {}
         self._root: Any = None
 
@@ -135,75 +72,10 @@ class Tracer:
     def new_value(self, tensor: Tensor, kind: Kind) -> int:
         self.kinds.append(kind)
         value = len(self.kinds) - 1
-        self._bind(tensor, value)
+        self.aliases.bind(tensor, value)
         return value
 
-    def _bind(self, tensor: Tensor, value: int) -> None:
-        storage = None
-        if tensor.layout is torch.strided:
-            storage = _storage_key(tensor)
-            if storage not in self._dependent:
-                self._dependent[storage] = StorageWeakRef(tensor.untyped_storage())
-            if self.kinds[value] is Kind.ACTIVE:
-                self._active.add(storage)
-        written = self._written.get(storage) if storage is not None else None
-        key = id(tensor)
-        bindings = self._bindings
-        reference = weakref.ref(tensor, lambda _: bindings.pop(key, None))
-        bindings[key] = _Binding(reference, value, len(written.writes) if written else 0, storage)
-
-    def value_of(self, tensor: Tensor) -> int | None:
-        """The program value that a tensor holds now; None for a constant.
-
-        Raises UnsupportedOperation for a tensor that shares memory with a recorded value but was not made
-        from it by a recorded operation (`.data =`, `nn.Parameter(...)`, `as_subclass`, `set_`): taking it for
-        a constant would lose its derivative.
-        """
-        binding = self._bindings.get(id(tensor))
-        if binding is not None and binding.tensor() is not tensor:
-            binding = None
-        if tensor.layout is not torch.strided:
-            return None if binding is None else binding.value
-        storage = _storage_key(tensor)
-        if binding is not None and binding.storage != storage:
-            raise UnsupportedOperation(f"a tensor that depends on x was given another storage {self.where()}")
-        written = self._written.get(storage)
-        if written is not None and len(written.writes) > (binding.writes if binding else 0):
-            return self._catch_up(tensor, binding, written)
-        if binding is None and storage in self._dependent:
-            raise UnsupportedOperation(
-                f"a tensor shares memory with one that depends on x, but came from no recorded operation "
-                f"{self.where()}: its derivative would be lost"
-            )
-        return None if binding is None else binding.value
-
-    def _catch_up(self, tensor: Tensor, binding: _Binding | None, written: _WrittenStorage) -> int | None:
-        """Apply in-place writes that were made through other tensors of the same storage."""
-        value = binding.value if binding else None
-        start = binding.writes if binding else 0
-        geometry = (tensor.size(), tensor.stride(), tensor.storage_offset())
-        for update, size, stride, offset, itemsize in written.writes[start:]:
-            if itemsize != tensor.element_size():
-                raise UnsupportedOperation(
-                    f"memory that depends on x is read as entries of another size {self.where()}"
-                )
-            if (size, stride, offset) == geometry:
-                value = update
-                continue
-            length = written.storage.nbytes() // tensor.element_size()
-            where = torch.full((length,), -1, dtype=torch.int64, device=tensor.device)
-            where.as_strided(size, stride, offset).copy_(
-                torch.arange(size.numel(), device=tensor.device).reshape(size)
-            )
-            source = where.as_strided(*geometry).clone()
-            if not bool((source >= 0).any()):
-                continue
-            value = self._append_overlay(tensor, value, update, size, source)
-        if value is not None:
-            self._bind(tensor, value)
-        return value
-
-    def _append_overlay(
+    def append_overlay(
         self, tensor: Tensor, base: int | None, update: int, size: torch.Size, source: Tensor
     ) -> int:
         current = tensor.clone()
@@ -238,22 +110,22 @@ class Tracer:
 
     def _record(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], run: Callable[..., Any]) -> Any:
         values: dict[int | tuple[int, int], int] = {}
-        for position, tensor in _leaves(args):
-            value = self.value_of(tensor)
+        for position, tensor in leaves(args):
+            value = self.aliases.value_of(tensor)
             if value is not None:
                 values[position] = value
             elif isinstance(tensor, torch.nn.Parameter) and not tensor.is_inference():
                 self.parameters.setdefault(id(tensor), (tensor, tensor._version))
         mutates = isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
         for name, arg in kwargs.items():
-            if isinstance(arg, Tensor) and self.value_of(arg) is not None:
+            if isinstance(arg, Tensor) and self.aliases.value_of(arg) is not None:
                 raise UnsupportedOperation(f"{op} takes a tensor that depends on x as {name}= {self.where()}")
         if not values:
             if not mutates:
                 return run(*args, **kwargs)
-            self._protect([t for _, t in _leaves((*args, *kwargs.values()))])
+            self.writes.protect([t for _, t in leaves((*args, *kwargs.values()))])
             out = run(*args, **kwargs)
-            self._record_constant_writes(op, args, kwargs)
+            self.writes.record_constant(op, args, kwargs)
             return out
         if op in SHAPE_ONLY:
             return run(*args, **kwargs)
@@ -272,9 +144,9 @@ class Tracer:
             )
         self._check_data_dependence(op, values, tags)
         if mutates:
-            return self._record_in_place(op, args, kwargs, values)
+            return self.writes.record(op, args, kwargs, values)
         out = run(*args, **kwargs)
-        self._append_call(op, args, kwargs, out, values, bind=True)
+        self.append_call(op, args, kwargs, out, values, bind=True)
         return out
 
     def _check_data_dependence(self, op: Any, values: dict[Any, int], tags: Any) -> None:
@@ -294,7 +166,7 @@ class Tracer:
         ):
             self.replayable = False
 
-    def _append_call(
+    def append_call(
         self,
         op: Any,
         args: tuple[Any, ...],
@@ -303,22 +175,23 @@ class Tracer:
         values: dict[Any, int],
         bind: bool,
     ) -> list[Any]:
+        """Add an operation that has run; `values` are those of its arguments. Returns those of its results,
+        which `bind` makes their tensors hold."""
         template = self._template(args)
-        kinds = [self.kinds[values[p]] if p in values else None for p, _ in _leaves(args)]
-        positions = [p for p, _ in _leaves(args)]
+        kinds = [self.kinds[values[p]] if p in values else None for p, _ in leaves(args)]
+        positions = [p for p, _ in leaves(args)]
         call = Call(op, args, kwargs, out, ())
         return self._append(op, template, kwargs, call, kinds, positions, bind=bind)
 
     def _template(self, args: Sequence[Any]) -> tuple[Any, ...]:
         def one(tensor: Tensor) -> Any:
-            value = self.value_of(tensor)
+            value = self.aliases.value_of(tensor)
             if value is not None:
                 return Ref(value)
-            if tensor.layout is torch.strided:
-                self._captured.add(_storage_key(tensor))
+            self.aliases.capture(tensor)
             return tensor
 
-        return _replace(args, one)
+        return replace_tensors(args, one)
 
     def _append(
         self,
@@ -366,11 +239,11 @@ class Tracer:
             self.kinds.append(kind)
             value = len(self.kinds) - 1
             self.producer[value] = len(self.nodes)
-            detaches = (active and op is aten.detach.default) or self._detached.intersection(node.refs())
-            if detaches and kind is Kind.PRIMAL and _storage_key(out) in self._active:
-                self._detached.add(value)
+            detaches = (active and op is aten.detach.default) or self.aliases.detached(node.refs())
+            if detaches and kind is Kind.PRIMAL:
+                self.aliases.detach(out, value)
             if bind:
-                self._bind(out, value)
+                self.aliases.bind(out, value)
             outputs.append(value)
         node.outputs = tuple(outputs)
         node.shapes = tuple(tuple(o.shape) if isinstance(o, Tensor) else () for o in outs)
@@ -387,8 +260,7 @@ class Tracer:
             self._account(len(self.maps) - 1, self.budget)
         if instruction is not None:
             for _, tensor in instruction.residuals():
-                if tensor.layout is torch.strided:
-                    self._captured.add(_storage_key(tensor))
+                self.aliases.capture(tensor)
         return outputs
 
     def _account(self, index: int, budget: float) -> None:
@@ -399,6 +271,8 @@ class Tracer:
             if storage.cdata not in self._counted:
                 self._counted[storage.cdata] = storage
                 self._kept_bytes += size
+        if index % GIVE_BACK_EVERY == 0:
+            give_back_freed()
         if self._kept_bytes <= budget:
             return
         # Fusion still looks at the maps of the nodes just before.
@@ -417,82 +291,6 @@ class Tracer:
         first = call.out if isinstance(call.out, Tensor) else call.out[0]
         first.copy_(result)  # what f goes on with
         return dataclasses.replace(call, out=(first, *others))
-
-    # -- in-place operations -----------------------------------------------------------------------
-
-    def _record_in_place(
-        self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any], values: dict[Any, int]
-    ) -> Any:
-        """Record `x.op_(...)` as its functional twin followed by a change of what x holds."""
-        name = op._schema.name.split("::")[1]
-        written = [
-            i
-            for i, a in enumerate(op._schema.arguments)
-            if a.alias_info is not None and a.alias_info.is_write
-        ]
-        twin = getattr(getattr(aten, name[:-1], None), op._overloadname, None) if name.endswith("_") else None
-        if twin is None or written != [0] or op.namespace != "aten":
-            raise UnsupportedOperation(f"{op} writes into a tensor that depends on x {self.where()}")
-        target = args[0]
-        if values.get(0) in self._detached:
-            raise UnsupportedOperation(
-                f"{op} writes through .detach() or .data into a tensor that depends on x {self.where()}: "
-                "the derivative of what it overwrites would be lost"
-            )
-        out = twin(*args, **kwargs)
-        self._protect([target])
-        # The maps refer to the operands before the write: copies of those that share the written storage are
-        # recorded.
-        key = _storage_key(target)
-        saved = _replace(args, lambda t: t.clone() if _storage_key(t) == key else t)
-        originals = dict(_leaves(args))
-        for position, tensor in _leaves(saved):
-            if tensor is not originals[position] and position in values:
-                self._bind(tensor, values[position])
-        (value,) = self._append_call(twin, saved, kwargs, out, values, bind=False)
-        if out.dtype != target.dtype:
-            cast = out.to(target.dtype)
-            self._bind(out, value)
-            (value,) = self._append_call(
-                aten._to_copy.default, (out,), {"dtype": target.dtype}, cast, {0: value}, bind=False
-            )
-            out = cast
-        target.copy_(out)
-        storage = self._written.setdefault(key, _WrittenStorage(target.untyped_storage()))
-        storage.add(value, target)
-        self._bind(target, value)
-        return target
-
-    def _record_constant_writes(self, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A constant was written into a storage that also holds recorded values: their readers must see
-        it."""
-        for i, argument in enumerate(op._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            target = args[i] if i < len(args) else kwargs.get(argument.name)
-            for _, tensor in _leaves([target]):
-                written = self._written.get(_storage_key(tensor)) if tensor.layout is torch.strided else None
-                if written is not None:
-                    kept = tensor.clone()
-                    (value,) = self._append_call(aten.clone.default, (kept,), {}, kept, {}, bind=False)
-                    written.add(value, tensor)
-                    self._bind(tensor, value)
-
-    def _protect(self, targets: list[Tensor]) -> None:
-        """Before a storage is overwritten, give nodes and maps that refer to it a copy of what it holds."""
-        keys = {_storage_key(t) for t in targets if t.layout is torch.strided} & self._captured
-        if not keys:
-            return
-
-        def copy(tensor: Tensor) -> Tensor:
-            return (
-                tensor.clone() if tensor.layout is torch.strided and _storage_key(tensor) in keys else tensor
-            )
-
-        for node, instruction in zip(self.nodes, self.maps, strict=True):
-            node.args = _replace(node.args, copy)
-            if instruction is not None:
-                passes.replace_residuals(instruction, copy)
 
     # -- where an operation was called -------------------------------------------------------------
 
@@ -554,7 +352,7 @@ class Tracer:
                 query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
             ).tril()
         mask = None if attn_mask is None else additive_mask(attn_mask, query.dtype)
-        if mask is not None and self.value_of(mask) is not None:
+        if mask is not None and self.aliases.value_of(mask) is not None:
             # A mask that depends on the inputs: the ordinary operations have all its derivatives.
             return torch.softmax(query @ key.mT * scale + mask, -1) @ value
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
@@ -611,11 +409,13 @@ class _Functions(TorchFunctionMode):
             return args[0].clone()
         if func is F.linear and not torch.is_autocast_enabled(_device_type(args, kwargs)):
             operands = _linear_arguments(*args, **kwargs)
-            if tracer.value_of(operands[0]) is not None and operands[1].dim() == 2:
+            if tracer.aliases.value_of(operands[0]) is not None and operands[1].dim() == 2:
                 return tracer.record(F.linear, operands, {}, F.linear)
         elif func == _DATA:
             return args[0].detach()
-        elif func in _ESCAPES and isinstance(args[0], Tensor) and tracer.value_of(args[0]) is not None:
+        elif (
+            func in _ESCAPES and isinstance(args[0], Tensor) and tracer.aliases.value_of(args[0]) is not None
+        ):
             raise UnsupportedOperation(
                 f"{getattr(func, '__name__', func)} takes a tensor that depends on x out of torch "
                 f"{tracer.where()}"
@@ -667,7 +467,7 @@ def trace(
     if not out.is_floating_point():
         raise InvalidInput(f"f: expected it to return a floating-point tensor; got {out.dtype}")
     tracer.paused = True
-    output = tracer.value_of(out)
+    output = tracer.aliases.value_of(out)
     active = output is not None and tracer.kinds[output] is Kind.ACTIVE
     if output is not None and tracer.kinds[output] is Kind.OPAQUE:
         raise UnsupportedOperation("f returns a side result that has no derivative rule")

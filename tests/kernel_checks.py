@@ -62,6 +62,11 @@ def embed(tensor: Tensor, dim: int) -> Tensor:
     return view[index]
 
 
+def to_channels_last(tensor: Tensor, channel_dim: int) -> Tensor:
+    """The same values with the channels of each position side by side."""
+    return tensor.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
+
+
 def bits_equal(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors hold the same numbers, NaN counted as equal to NaN."""
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
@@ -75,6 +80,7 @@ def available_isas() -> list[str]:
     return ["portable", *(isa for isa, feature in needed.items() if features.get(feature))]
 
 
+each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 each_isa = pytest.mark.parametrize("isa", available_isas())
 
 

@@ -190,9 +190,11 @@ def check_forward(case: Case) -> None:
         assert torch.equal(ours.isfinite(), finite)
         # Measured: float64 at most 3e-15; float32 at most 1.1 times the reference, single rows apart, whose
         # scores PyTorch sums in more parts.
+        # Without fused multiply-adds, which GCC makes none of in the sanitizers' -O1, 2.9 times it.
         floor = 1e-13 if case.dtype is torch.float64 else 1e-6
+        factor = 4.0 if os.environ.get("SHARPCORE_SANITIZE") else 2.0
         errors = [relative_error(result[finite], truth[finite]) for result in (ours, plain)]
-        assert_error_at_most(*errors, floor=floor)
+        assert_error_at_most(*errors, factor=factor, floor=floor)
 
 
 @needs_extension

@@ -121,6 +121,25 @@ def test_restarts_find_every_copy() -> None:
     check_pairs(a, solution, torch.linalg.eigvalsh(a)[:9], 1e-10)
 
 
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("max_basis", [None, 16])
+def test_copies_of_a_rare_eigenvalue_are_not_missed(k: int, max_basis: int | None) -> None:
+    # A second sequence's first Ritz value is near 0, farther from 0.9 than its residual: that proves nothing.
+    a = matrix(torch.tensor([0.0] * 46 + [0.9] + [1.0] * 3))
+    solution = block_lanczos(a, k, "largest", max_basis=max_basis)
+    assert solution.result is Result.converged
+    assert float((solution.values[0] - 1).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_fresh_blocks_have_room_in_a_bounded_basis(block: int) -> None:
+    a = matrix(torch.arange(3.0).repeat(8)[:22])
+    solution = block_lanczos(a, 6, "largest", block=block, max_basis=6 + 3 * block)
+    # Products that were cut off would leave residuals of 0.1, called stagnation.
+    assert solution.result is Result.converged
+    check_pairs(a, solution, torch.full((6,), 2.0).double(), 1e-9)
+
+
 @pytest.mark.parametrize("name", ["line", "clustered", "degenerate", "rank one", "one outlier"])
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("restart", [False, True])
@@ -301,6 +320,54 @@ def test_nan_in_a_product_is_named() -> None:
         block_lanczos(torch.full((3, 3), float("inf")), 1)
 
 
+@pytest.mark.parametrize("block", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 2, 3, 5])
+@pytest.mark.parametrize("more", [0, 1, 2, 4])
+def test_the_smallest_bases_lose_nothing(k: int, block: int, more: int) -> None:
+    a = matrix(torch.linspace(-3, 5, 100))
+    rows = 2 * k + 3 * block + more
+    solution = block_lanczos(a, k, "both", block=block, max_basis=rows, tolerance=1e-3, max_products=3000)
+    assert solution.result in (Result.converged, Result.not_converged)
+    image = solution.vectors[0] @ a - solution.values[0][:, None] * solution.vectors[0]
+    assert bool((image.norm(dim=1) <= 1.01 * solution.residuals[0] + 1e-12).all())
+    if solution.result.ok:
+        truth = extremes(torch.linalg.eigvalsh(a), k, "both")
+        # Residuals of 5e-3 beside gaps of 0.08.
+        assert float((solution.values[0] - truth).abs().max()) < 5e-3
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float16, 2e-2), (torch.bfloat16, 0.15)])
+def test_products_in_16_bits(dtype: torch.dtype, bound: float) -> None:
+    outliers = torch.tensor([-8.0, -5.0, 0.5, 2.0])
+    generator = torch.Generator().manual_seed(1)
+    a = matrix(torch.cat([outliers, -1 + 0.1 * torch.randn(252, generator=generator)]))
+    low = a.to(dtype)
+    operator = BatchedOperator(lambda v: v @ low, samples=1, dimension=256, dtype=dtype, name="low")
+    solution = block_lanczos(operator, 2)
+    assert solution.result is Result.converged
+    assert float((solution.values[0] - torch.tensor([-8.0, -5.0, 0.5, 2.0])).abs().max()) < bound
+
+
+def test_matrices_that_require_gradients() -> None:
+    a = matrix(SPECTRA["line"]).requires_grad_()
+    solution = block_lanczos(a, 2)
+    assert not solution.values.requires_grad
+    assert solution.result is Result.converged
+
+
+@pytest.mark.parametrize("scale", [1e-170, 1e160])
+def test_norms_whose_squares_are_no_numbers(scale: float) -> None:
+    with pytest.raises(InvalidInput, match="between 1e-140 and 1e140"):
+        block_lanczos(scale * matrix(SPECTRA["line"]), 2)
+
+
+@pytest.mark.parametrize(("limit", "block"), [(4, 4), (11, 4), (17, 3), (30, 1)])
+def test_no_more_products_than_allowed(limit: int, block: int) -> None:
+    for name in ("line", "rank two", "degenerate"):
+        stats = block_lanczos(matrix(SPECTRA[name]), 3, block=block, max_products=limit).stats
+        assert stats.products <= limit
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -317,6 +384,10 @@ def test_nan_in_a_product_is_named() -> None:
         ({"on_breakdown": "cry"}, "on_breakdown: expected 'continue' or 'stop'"),
         ({"seed": -1}, "seed: expected"),
         ({"sample_ids": [0, 1]}, "sample_ids: expected 1"),
+        ({"sample_ids": 5}, "sample_ids: expected 1 integers"),
+        ({"sample_ids": [-1]}, "sample_ids: expected an integer from 0"),
+        ({"max_products": 3, "block": 4}, "max_products: expected at least those of one block, 4"),
+        ({"checkpoint": "no/such/folder/run.pt"}, "checkpoint: expected a file in a folder that exists"),
     ],
 )
 def test_bad_arguments(options: dict, message: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
+
+import numpy as np
 import pytest
 import torch
+from scipy.sparse.linalg import svds
+from small_network import normal, small_network
 from torch import Tensor
 
-from sharpcore import HessianDifference, InvalidInput, ScoreJacobian, linearize
-from sharpcore.krylov import BatchedOperator, Result, dense, golub_kahan
+from sharpcore import HessianDifference, InvalidInput, NonFiniteError, ScoreJacobian, linearize
+from sharpcore.krylov import BatchedOperator, Result, as_batched, dense, golub_kahan, probes
+from sharpcore.krylov.golub_kahan import _Bidiagonalization
+from sharpcore.testing.analytic import GaussianMixtureScoreNetwork
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -111,3 +118,182 @@ def test_bad_input_and_products_used_up() -> None:
     few = golub_kahan(a, 3, max_products=16)
     assert few.result is Result.not_converged
     assert few.stats.products <= 16
+
+
+@pytest.mark.parametrize("name", ["line", "clustered", "degenerate", "rank one"])
+@pytest.mark.parametrize("block", [1, 3])
+def test_decomposition_identities(name: str, block: int) -> None:
+    a = matrix(VALUES[name])
+    d = len(a)
+    matrices = torch.stack([a, 2 * a.mT, a + torch.eye(d)])
+    operator = as_batched(matrices)
+
+    def draw(samples: Tensor, count: int) -> Tensor:
+        return probes("normal", 99, samples=range(3), first=next(drawn), count=count, dimension=d)
+
+    drawn = itertools.count(0, 4)
+    krylov = _Bidiagonalization(3, d, 17, block, operator.device, draw=draw)
+    krylov.append(probes("normal", 0, samples=range(3), count=block, dimension=d), torch.arange(3))
+    for step in range(45):
+        for group, _, processed, _ in krylov.groups(krylov.full.nonzero().flatten()):
+            part = torch.linalg.svd(krylov.forward[group, :processed, :processed])
+            kept = part.Vh.mT[..., : 6 + block].contiguous(), part.U[..., : 6 + block].contiguous()
+            krylov.shrink(group, *kept, torch.zeros(len(group), dtype=torch.int64))
+        krylov.extend(operator.multiply(krylov.active()), operator, 1e-10)
+        ended = krylov.ended.nonzero().flatten()
+        if len(ended):
+            fresh = probes("normal", 1 + step, samples=range(3), count=block, dimension=d)
+            krylov.append(fresh, ended)
+        for i, whole in enumerate(matrices):
+            p, n = int(krylov.processed[i]), int(krylov.sizes[i])
+            v, u = krylov.basis[i, :n], krylov.left[i, :p]
+            norm = float(torch.linalg.matrix_norm(whole, 2))
+            # A V = U P and A^T U = V H.
+            assert float((v[:p] @ whole.mT - krylov.forward[i, :p, :p].mT @ u).norm()) <= 1e-12 * norm
+            assert float((u @ whole - krylov.projected[i, :n, :p].mT @ v).norm()) <= 1e-12 * norm
+            for rows in (v, u):
+                assert float((rows @ rows.mT - torch.eye(len(rows))).abs().max()) <= 1e-12
+            assert n <= 17
+    assert krylov.restarts > 2
+
+
+@pytest.mark.parametrize("max_basis", [None, 20])
+def test_values_are_those_of_scipy(max_basis: int | None) -> None:
+    # As far from normal as can be: all eigenvalues of a shift are 0.
+    a = torch.linspace(1, 2, 79, dtype=torch.float64).diag(1)
+    ours = golub_kahan(a, 5, max_basis=max_basis).values[0]
+    theirs = np.sort(svds(a.numpy(), k=5, return_singular_vectors=False, v0=np.ones(80)))
+    torch.testing.assert_close(ours, torch.from_numpy(theirs), rtol=1e-10, atol=0)
+
+
+def test_double_small_values_are_not_missed() -> None:
+    # All singular values of a skew-symmetric matrix of even size are double.
+    root = random(100, 100)
+    a = root - root.mT
+    solution = golub_kahan(a, 5, "smallest")
+    assert solution.result is Result.converged
+    truth = torch.linalg.svdvals(a).flip(0)
+    assert float((solution.values[0] - truth[:5]).abs().max()) <= 1e-10 * float(truth[-1])
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+@pytest.mark.parametrize("max_basis", [None, 16])
+def test_copies_of_a_rare_value_are_not_missed(k: int, max_basis: int | None) -> None:
+    a = matrix(torch.tensor([0.0] * 46 + [0.9] + [1.0] * 3))
+    solution = golub_kahan(a, k, max_basis=max_basis)
+    assert solution.result is Result.converged
+    assert float((solution.values[0] - 1).abs().max()) < 1e-10
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_fresh_blocks_have_room_in_a_bounded_basis(block: int) -> None:
+    a = matrix(torch.arange(3.0).repeat(8)[:22])
+    solution = golub_kahan(a, 6, block=block, max_basis=12 + 2 * block)
+    assert solution.result is Result.converged
+    assert float((solution.values[0] - 2).abs().max()) <= 1e-9
+
+
+@pytest.mark.parametrize("name", ["1x1", "2x2", "zero", "orthogonal"])
+def test_blocks_larger_than_the_problem(name: str) -> None:
+    a = matrix(VALUES[name])
+    solution = golub_kahan(a, len(a), "both", block=len(a) + 3)
+    assert solution.values.shape == (1, len(a))
+    assert solution.result is Result.converged
+    assert solution.stats.products == 2 * len(a)
+    assert float((solution.values[0] - torch.linalg.svdvals(a).flip(0)).abs().max()) <= 1e-12 * 3
+
+
+def test_float32_products() -> None:
+    a = matrix(VALUES["line"])
+    solution = golub_kahan(a.float(), 3)
+    assert solution.result is Result.converged
+    assert solution.values.dtype is solution.left.dtype is torch.float64
+    assert float((solution.values[0] - extremes(VALUES["line"], 3, "largest")).abs().max()) < 1e-6
+    below = golub_kahan(a.float(), 3, tolerance=1e-13)
+    assert below.result is Result.stagnated
+    assert float(below.residuals.max()) < 1e-5
+
+
+def test_an_invariant_subspace_is_named_where_it_stops() -> None:
+    stopped = golub_kahan(matrix(VALUES["orthogonal"]), 3, on_breakdown="stop")
+    assert stopped.result is Result.invariant_subspace
+    assert int(torch.isfinite(stopped.values).sum()) == 1
+    assert bool(torch.isnan(stopped.left[0, 1:]).all())
+
+
+def test_the_best_triplets_where_products_are_used_up() -> None:
+    a = matrix(VALUES["line"])
+    solution = golub_kahan(a, 3, max_products=24)
+    s, v, u = solution.values[0], solution.vectors[0], solution.left[0]
+    residuals = torch.hypot((v @ a.mT - s[:, None] * u).norm(dim=1), (u @ a - s[:, None] * v).norm(dim=1))
+    torch.testing.assert_close(residuals, solution.residuals[0], rtol=1e-8, atol=1e-12)
+    assert float((s - extremes(VALUES["line"], 3, "largest")).abs().max()) < 0.2
+
+
+def test_problems_that_end_at_different_steps() -> None:
+    matrices = torch.stack([matrix(VALUES["line"]), torch.zeros(60, 60).double(), torch.eye(60).double()])
+    solution = golub_kahan(matrices, 3, "both")
+    assert solution.results == (Result.converged,) * 3
+    truth = torch.linalg.svdvals(matrices).flip(1)
+    wanted = torch.cat([truth[:, :3], truth[:, -3:]], dim=1)
+    assert float((solution.values - wanted).abs().max()) <= 1e-9
+
+
+def test_difference_of_hessians_of_an_analytic_mixture() -> None:
+    d = 12
+    roots = normal(3, d, d) / d**0.5
+    network = GaussianMixtureScoreNetwork(
+        torch.ones(3), normal(3, d, seed=2), roots @ roots.mT, alpha=0.8, sigma=0.6
+    )
+    x, one = normal(2, d, seed=3), torch.tensor([0, 2])
+    lins = [linearize(lambda x, c=c: -network(x, None, c) / 0.6, x) for c in (one, None)]
+    truth = torch.linalg.eigvalsh(network.hessian(x, None, one) - network.hessian(x)).abs()
+    truth = truth.sort(dim=1).values[:, -3:]
+    for operator in (HessianDifference(*lins), HessianDifference(*lins).jacobian):
+        solution = golub_kahan(operator, 3)
+        torch.testing.assert_close(solution.values, truth, rtol=1e-9, atol=1e-9)
+        # The operator is symmetric: a left vector is the right one, up to its sign.
+        along = (solution.left * solution.vectors).sum(2).abs()
+        torch.testing.assert_close(along, torch.ones(2, 3).double(), rtol=1e-6, atol=0)
+
+
+def test_jacobian_of_a_convolutional_network() -> None:
+    jacobian = ScoreJacobian(linearize(small_network(), normal(2, 3, 2, 4)))
+    truth = torch.linalg.svdvals(dense(jacobian)).flip(1)
+    solution = golub_kahan(jacobian, 3, "both")
+    wanted = torch.cat([truth[:, :3], truth[:, -3:]], dim=1)
+    assert float((solution.values - wanted).abs().max()) <= 1e-9 * float(truth.max())
+    assert solution.vectors.shape == solution.left.shape == (2, 6, 3, 2, 4)
+    assert golub_kahan(jacobian, 1, vectors=False).left is None
+
+
+def test_nan_in_a_transposed_product_is_named() -> None:
+    a, calls = matrix(VALUES["line"]), itertools.count()
+
+    def transposed(block: Tensor) -> Tensor:
+        out = block @ a
+        if next(calls) == 3:
+            out[0, 1, 5] = float("inf")
+        return out
+
+    operator = BatchedOperator(
+        lambda block: block @ a.mT, transposed, samples=2, dimension=60, dtype=torch.float64, name="mine"
+    )
+    with pytest.raises(NonFiniteError, match=r"mine: NaN or infinity in its transposed product .* sample 1"):
+        golub_kahan(operator, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": 0}, "k: expected an integer from 1"),
+        ({"block": 0}, "block: expected an integer from 1"),
+        ({"which": "magnitude"}, "which: expected one of smallest, largest, both;"),
+        ({"tolerance": -1.0}, "tolerance: expected"),
+        ({"max_products": 0}, "max_products: expected"),
+        ({"max_basis": 4}, "max_basis: expected"),
+    ],
+)
+def test_bad_arguments(options: dict, message: str) -> None:
+    with pytest.raises(InvalidInput, match=message):
+        golub_kahan(matrix(VALUES["line"]), **options)

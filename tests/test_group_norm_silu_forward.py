@@ -10,34 +10,28 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import available_isas
+from kernel_checks import available_isas, each_layout, needs_extension, poisoned_memory, to_channels_last
 from test_group_norm_silu_tangent import (
     SHAPES,
     Shape,
     each_by_sample,
-    each_layout,
     each_silu,
     identify,
     make_arguments,
-    to_channels_last,
 )
 from torch import Tensor
 
 from sharpcore.backends import cpu, reference
 from sharpcore.errors import InvalidInput
 
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=identify)
 EPS = 1e-5
 
 
 @pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Makes PyTorch fill uninitialized tensors with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(before)
+def poisoned() -> Iterator[None]:
+    with poisoned_memory():
+        yield
 
 
 def inputs(
@@ -71,7 +65,7 @@ def pytorch(
     "backend", [reference, pytest.param(cpu, marks=needs_extension)], ids=["reference", "cpu"]
 )
 @each_layout
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned")
 def test_float64_equals_pytorch(
     backend: object, shape: Shape, silu: bool, by_sample: bool, channels_last: bool
 ) -> None:

@@ -12,13 +12,11 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import available_isas
+from kernel_checks import available_isas, each_layout, needs_extension, to_channels_last
 from torch import Tensor
 
 from sharpcore.backends import cpu, reference
 from sharpcore.errors import InvalidInput
-
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 
 KERNELS = ("group_norm_silu_tangent", "group_norm_silu_adjoint")
 COUNTS = (1, 2, 3, 8, 17)
@@ -64,15 +62,10 @@ def identify(shape: Shape) -> str:
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=identify)
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_silu = pytest.mark.parametrize("silu", [True, False], ids=["silu", "plain"])
-each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 each_affine = pytest.mark.parametrize(
     "affine", [(True, True), (True, False), (False, True), (False, False)], ids=["wb", "w", "b", "none"]
 )
 each_by_sample = pytest.mark.parametrize("by_sample", [False, True], ids=["shared", "by sample"])
-
-
-def to_channels_last(tensor: Tensor, channel_dim: int) -> Tensor:
-    return tensor.movedim(channel_dim, -1).contiguous().movedim(-1, channel_dim)
 
 
 def make_arguments(

@@ -16,6 +16,7 @@ from kernel_checks import (
     needs_extension,
     poisoned_memory,
     run_with_isa,
+    to_channels_last,
 )
 from oracles import oracle_jvp, oracle_vjp
 from torch import Tensor
@@ -46,7 +47,7 @@ LAYOUTS = tuple(product((FIRST, LAST), repeat=3))
 
 def lay(tensor: Tensor, last: bool) -> Tensor:
     """The same values, channels-last or channels-first in memory that nothing else has."""
-    return tensor.movedim(2, -1).contiguous().movedim(-1, 2).clone() if last else tensor.contiguous().clone()
+    return to_channels_last(tensor, 2).clone() if last else tensor.contiguous().clone()
 
 
 def make_operands(shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:

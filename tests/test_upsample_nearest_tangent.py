@@ -13,11 +13,13 @@ from kernel_checks import (
     NoAllocation,
     bits_equal,
     each_isa,
+    each_layout,
     embed,
     for_threads,
     needs_extension,
     poisoned_memory,
     run_with_isa,
+    to_channels_last,
 )
 from oracles import oracle_jvp, oracle_vjp
 from torch import Tensor
@@ -45,7 +47,6 @@ FACTORS = ((2, 2), (1, 1), (1, 2), (3, 1), (2, 3), (4, 4))
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
 each_kernel = pytest.mark.parametrize("kernel", KERNELS)
 each_dtype = pytest.mark.parametrize("dtype", cpu.DTYPES, ids=str)
-each_layout = pytest.mark.parametrize("last", [False, True], ids=["channels_first", "channels_last"])
 each_backend = pytest.mark.parametrize(
     "backend", [reference, pytest.param(cpu, marks=needs_extension)], ids=["reference", "cpu"]
 )
@@ -53,8 +54,8 @@ each_backend = pytest.mark.parametrize(
 Shape = tuple[int, ...]
 
 
-def lay(tensor: Tensor, last: bool) -> Tensor:
-    return tensor.movedim(2, -1).contiguous().movedim(-1, 2) if last else tensor.contiguous()
+def lay(tensor: Tensor, channels_last: bool) -> Tensor:
+    return to_channels_last(tensor, 2) if channels_last else tensor.contiguous()
 
 
 def make_vectors(
@@ -72,9 +73,9 @@ def make_vectors(
 @each_layout
 @pytest.mark.parametrize("factors", FACTORS, ids=str)
 def test_equals_interpolate_and_its_backward(
-    backend: ModuleType, shape: Shape, last: bool, factors: tuple[int, int]
+    backend: ModuleType, shape: Shape, channels_last: bool, factors: tuple[int, int]
 ) -> None:
-    small, large = (lay(make_vectors(kernel, shape, factors), last) for kernel in KERNELS)
+    small, large = (lay(make_vectors(kernel, shape, factors), channels_last) for kernel in KERNELS)
     point = small.flatten(0, 1).contiguous().requires_grad_()
     expected = F.interpolate(point, size=large.shape[3:])
     (pulled,) = torch.autograd.grad(expected, point, large.flatten(0, 1).contiguous())
@@ -92,23 +93,25 @@ def test_equals_interpolate_and_its_backward(
 @needs_extension
 @each_dtype
 @each_layout
-def test_result_lies_in_memory_as_the_vectors_do(dtype: torch.dtype, last: bool) -> None:
+def test_result_lies_in_memory_as_the_vectors_do(dtype: torch.dtype, channels_last: bool) -> None:
     for kernel in KERNELS:
-        vectors = lay(make_vectors(kernel, (2, 2, 3, 4, 5), (2, 2), dtype), last)
+        vectors = lay(make_vectors(kernel, (2, 2, 3, 4, 5), (2, 2), dtype), channels_last)
         result = cpu.KERNELS[kernel](vectors, (2, 2))
         assert result.dtype == dtype
-        assert result.stride() == lay(result, last).stride()
+        assert result.stride() == lay(result, channels_last).stride()
 
 
 @needs_extension
 @each_shape
 @each_layout
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_error_is_at_most_twice_that_of_plain_pytorch(shape: Shape, last: bool, dtype: torch.dtype) -> None:
+def test_error_is_at_most_twice_that_of_plain_pytorch(
+    shape: Shape, channels_last: bool, dtype: torch.dtype
+) -> None:
     large = make_vectors("upsample_nearest_adjoint", shape, (2, 2), dtype)
     exact = reference.upsample_nearest_adjoint(large.double(), (2, 2))
     plain = (large[..., ::2, ::2] + large[..., ::2, 1::2]) + (large[..., 1::2, ::2] + large[..., 1::2, 1::2])
-    error = relative_error(cpu.upsample_nearest_adjoint(lay(large, last), (2, 2)), exact)
+    error = relative_error(cpu.upsample_nearest_adjoint(lay(large, channels_last), (2, 2)), exact)
     # Worst measured on AVX-512, AVX2 and portable: 1.1 times; the floor is for shapes of a few numbers.
     assert_error_at_most(error, relative_error(plain, exact), floor=torch.finfo(dtype).eps)
 
@@ -116,16 +119,16 @@ def test_error_is_at_most_twice_that_of_plain_pytorch(shape: Shape, last: bool, 
 @needs_extension
 @each_dtype
 @each_layout
-def test_extremes(dtype: torch.dtype, last: bool) -> None:
+def test_extremes(dtype: torch.dtype, channels_last: bool) -> None:
     """Infinities, NaN, denormals and ties go where they belong."""
     tiny, huge = torch.finfo(dtype).smallest_normal / 8, torch.finfo(dtype).max
     values = [0.0, -0.0, tiny, -3 * tiny, huge, -huge, float("inf"), float("-inf"), float("nan"), 1.0]
     values = torch.tensor(values, dtype=dtype).repeat(4)[:38]
-    small = lay(values.view(1, 1, 1, 2, 19).expand(1, 1, 17, 2, 19), last)
+    small = lay(values.view(1, 1, 1, 2, 19).expand(1, 1, 17, 2, 19), channels_last)
     pushed = cpu.upsample_nearest_tangent(small, (2, 2))
     assert bits_equal(pushed, reference.upsample_nearest_tangent(small, (2, 2)))
     assert torch.equal(pushed.signbit(), reference.upsample_nearest_tangent(small.signbit(), (2, 2)))
-    large = lay(values.view(1, 1, 1, 2, 19).expand(1, 1, 17, 2, 19).repeat_interleave(2, 3), last)
+    large = lay(values.view(1, 1, 1, 2, 19).expand(1, 1, 17, 2, 19).repeat_interleave(2, 3), channels_last)
     for factors in ((2, 1), (2, 19)):
         assert bits_equal(
             cpu.upsample_nearest_adjoint(large, factors).isfinite(),
@@ -142,16 +145,16 @@ def test_bfloat16_sums_are_rounded_once_to_the_nearest_even() -> None:
     blocks = torch.tensor([[1, ulp / 4, ulp / 4, 0], [1 + ulp, ulp / 2, 0, 0], [1, ulp / 2, 0, 2.0**-20]])
     for width in (1, 17):
         image = blocks.view(1, 1, 3, 2, 2).repeat(1, 1, 1, 1, width).bfloat16()
-        for last in (False, True):
-            summed = cpu.upsample_nearest_adjoint(lay(image, last), (2, 2))
+        for channels_last in (False, True):
+            summed = cpu.upsample_nearest_adjoint(lay(image, channels_last), (2, 2))
             assert (summed == torch.tensor([1, 1 + 2 * ulp, 1 + ulp]).view(3, 1, 1)).all()
 
 
 @needs_extension
 @each_kernel
 @each_layout
-def test_number_of_threads_changes_no_bit(kernel: str, last: bool) -> None:
-    vectors = lay(make_vectors(kernel, (3, 2, 70, 13, 33), (2, 2), torch.float32), last)
+def test_number_of_threads_changes_no_bit(kernel: str, channels_last: bool) -> None:
+    vectors = lay(make_vectors(kernel, (3, 2, 70, 13, 33), (2, 2), torch.float32), channels_last)
     one, *others = for_threads(lambda: cpu.KERNELS[kernel](vectors, (2, 2)))
     assert all(torch.equal(one, other) for other in others)
 
@@ -173,11 +176,11 @@ def test_strides_and_out(kernel: str, dtype: torch.dtype) -> None:
     assert torch.equal(
         cpu.KERNELS[kernel](given[:1].expand_as(given), (2, 2)), expected[:1].expand_as(expected)
     )
-    for last, spread in product((False, True), (None, 0, 1)):
-        vectors = lay(given, last)
+    for channels_last, spread in product((False, True), (None, 0, 1)):
+        vectors = lay(given, channels_last)
         if spread is None:
-            out = lay(nan, last).clone()
-        elif last:
+            out = lay(nan, channels_last).clone()
+        elif channels_last:
             out = embed(nan.movedim(2, -1).contiguous(), spread).movedim(-1, 2)
         else:
             out = embed(nan, spread)
@@ -185,7 +188,7 @@ def test_strides_and_out(kernel: str, dtype: torch.dtype) -> None:
             returned = cpu.KERNELS[kernel](vectors, (2, 2), out=out)
         assert returned is out
         assert torch.equal(out, cpu.KERNELS[kernel](vectors, (2, 2)))
-        other = lay(nan, not last).clone()
+        other = lay(nan, not channels_last).clone()
         assert torch.equal(cpu.KERNELS[kernel](vectors, (2, 2), out=other), out)
 
 
@@ -222,17 +225,17 @@ generator = torch.Generator().manual_seed(0)
 for dtype, bound in ((torch.float32, 2e-7), (torch.float64, 4e-16), (torch.bfloat16, 4e-3)):
     for channels, height, width in ((40, 3, 33), (3, 5, 16), (1, 1, 1)):
         for factors in ((2, 2), (1, 3)):
-            for last in (False, True):
+            for channels_last in (False, True):
                 small = torch.randn(2, 2, channels, height, width, generator=generator).to(dtype)
                 sizes = height * factors[0], width * factors[1]
                 large = torch.randn(2, 2, channels, *sizes, generator=generator).to(dtype)
-                if last:
+                if channels_last:
                     small, large = (t.movedim(2, -1).contiguous().movedim(-1, 2) for t in (small, large))
                 expected = reference.upsample_nearest_tangent(small, factors)
                 assert torch.equal(cpu.upsample_nearest_tangent(small, factors), expected)
                 expected = reference.upsample_nearest_adjoint(large.double(), factors)
                 error = (cpu.upsample_nearest_adjoint(large, factors) - expected).norm()
-                assert error <= bound * expected.norm(), (dtype, channels, factors, last, float(error))
+                assert error <= bound * expected.norm(), (dtype, channels, factors, channels_last, error)
 """
 
 

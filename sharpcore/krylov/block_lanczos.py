@@ -42,33 +42,28 @@ def block_lanczos(
     2000): bases and projections in float64, products in the operator's dtype, all samples multiplied at once.
 
     Args:
-        operator: `Hessian` or `HessianDifference` (B samples: x's first dimension), a symmetric matrix [d, d]
-        or
-            [B, d, d], or a `BatchedOperator`.
+        operator: `Hessian` or `HessianDifference` (B samples: x's first dimension), a symmetric matrix
+            [d, d] or [B, d, d], or a `BatchedOperator`.
         k: pairs at each end asked for, at most d. "both" gives 2k, or all d where those are fewer.
         which: "smallest", "largest" (algebraically), or "both".
         block: vectors multiplied at once for each sample. 1 needs the fewest products; more are cheaper each,
-        and
-            find eigenvalues of as many equal copies.
+            and find eigenvalues of as many equal copies.
         tolerance: a pair has converged when ||A v - l v|| <= tolerance * ||A||. Default: 1e-10 for float64
-            products, 1e-5 for float32, 2e-2 for bfloat16.
-        max_products: vectors to multiply for each sample at most (default: 10 d + 100).
+            products, 1e-5 for float32, 2e-2 for 16 bits.
+        max_products: vectors to multiply for each sample at most, a block or more (default: 10 d + 100); no
+            block is begun that would pass it. In a batch the sample with most vectors counts.
         max_basis: rows of a basis at which it is contracted (default: 768, fewer above d = 21,845: 128 MiB a
             sample).
         on_breakdown: what to do when an invariant subspace is found: "continue" with a fresh random block,
-        which
-            also finds further copies of equal eigenvalues, or "stop". `stats.breakdowns` counts them.
+            which also finds further copies of equal eigenvalues, or "stop". `stats.breakdowns` counts them.
         vectors: whether eigenvectors are returned.
         seed: of the random start; with `sample_ids` [B] (default 0, 1, ...), so that a sample's pairs do not
-        depend
-            on what else is in the batch.
+            depend on what else is in the batch.
         symmetry_tolerance: the asymmetry ||T - T^T|| / ||T|| of the projected operator beyond which it is
-        refused
-            (default: 1e-8, 1e-3 or 0.1 by the precision of the products).
+            refused (default: 1e-8, 1e-3 or 0.1 by the precision of the products).
         batched: see `as_batched`.
-        checkpoint: a file that the run is saved to now and then, and resumed from where it exists; deleted at
-        the
-            end.
+        checkpoint: a file that the run is saved to at every eighth look at the pairs, and resumed from where
+            it exists; deleted at the end.
         progress: called after each look at the Ritz pairs.
 
     Returns:
@@ -118,9 +113,10 @@ class _Lanczos(Run):
 
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
-            count = min(self.kept, ritz.values.shape[1] - self.plan.block)
-            ends = replace(self.plan, k=(count + 1) // 2 if self.plan.which == "both" else count)
-            kept = ends.wanted(ritz.values.shape[1]).expand(len(ritz.samples), -1)
+            processed = ritz.values.shape[1]
+            count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
+            ends = replace(self.plan, k=max(1, count // 2) if self.plan.which == "both" else count)
+            kept = ends.wanted(processed).expand(len(ritz.samples), -1)
             # Pairs of the closed part first, so that the sequence begun after it stays in one piece.
             fresh = ritz.fresh.gather(1, kept)
             kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)

@@ -33,7 +33,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any] | No
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        found, state = saved["identity"], saved["state"]
+        found, state = dict(saved["identity"]), saved["state"]
     except Exception as error:
         message = f"checkpoint: expected a file that this solver wrote; got {path} ({error})"
         raise InvalidInput(message) from error

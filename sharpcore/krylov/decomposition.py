@@ -11,10 +11,8 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.backends.reference.grow_basis import Growth
-from sharpcore.krylov.operator import BatchedOperator
-
-# Couplings below this many roundings of the products end a Krylov sequence: what follows is rounding.
-_BREAKDOWN = 64
+from sharpcore.errors import InvalidInput
+from sharpcore.krylov.operator import BatchedOperator, closing_share
 
 
 @dataclass(frozen=True)
@@ -96,11 +94,17 @@ class Decomposition:
     def observe(self, products: Tensor) -> None:
         """Let the products [K, B, d] with vectors of norm 1 raise the estimate of ||A||."""
         largest = torch.linalg.vector_norm(products, dim=2, dtype=torch.float64).amax(0).cpu()
+        peak = products.abs().amax((0, 2)).cpu()
+        if bool(((peak > 0) & ((peak > 1e140) | (peak < 1e-140))).any()):
+            raise InvalidInput(
+                "operator: expected one whose products have entries between 1e-140 and 1e140, as their "
+                f"squares must be float64 numbers; got entries up to {float(peak.max()):.2g}: scale it"
+            )
         self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
 
     def closing(self, operator: BatchedOperator) -> Tensor:
         """The coupling [B] below which a sequence counts as closed."""
-        return _BREAKDOWN * operator.rounding * self.norm
+        return closing_share(operator.rounding) * self.norm
 
     def extend(self, products: Tensor, operator: BatchedOperator, tolerance: float) -> None:
         """Take the products [K, B, d] with the active block into the decomposition."""
@@ -146,8 +150,9 @@ class Decomposition:
 
     @property
     def full(self) -> Tensor:
-        """[B] bool: samples without room for what the next product, or a fresh block, may add."""
-        coming = torch.where(self.ended, self.block, self.sizes - self.processed)
+        """[B] bool: samples without room for what the next product may add, or a fresh block and its
+        product."""
+        coming = torch.where(self.ended, 2 * self.block, self.sizes - self.processed)
         return (self.sizes + coming > self.limit) & (self.limit < self.basis.shape[2])
 
     def asymmetry(self, samples: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
-from sharpcore.krylov.operator import BatchedOperator, as_batched
+from sharpcore.krylov.operator import BatchedOperator, as_batched, precision_defaults
 from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Result, Solution, Stats
 from sharpcore.operators import CurvatureOperator
@@ -58,7 +58,7 @@ def eigh(
     matrices = _matrices(op, block, most, None)
     asymmetry = asymmetries(matrices)
     if symmetry_tolerance is None:
-        symmetry_tolerance = 1e-8 if op.rounding < 1e-12 else 0.1 if op.rounding > 1e-3 else 1e-3
+        symmetry_tolerance = precision_defaults(op.rounding)[1]
     if float(asymmetry.max()) > symmetry_tolerance:
         raise InvalidInput(
             f"operator: expected a symmetric one; ||A - A^T|| / ||A|| of {op.name} is "

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.krylov.estimation import Operator, Probed, mean_and_error
+from sharpcore.krylov.operator import precision_defaults
 from sharpcore.krylov.quadrature import Rules, quadrature_rules
 from sharpcore.krylov.run import check_count
 from sharpcore.krylov.solution import Estimate, Solution
@@ -24,7 +25,7 @@ _GRID = 256
 class Curve(NamedTuple):
     """A density on a grid: see `Density.curve`."""
 
-    grid: Tensor  # [G]
+    grid: Tensor  # [G] or [B, G]
     density: Tensor  # [B, G]
     standard_error: Tensor  # [B, G]
 
@@ -86,9 +87,8 @@ def spectral_density(
         block=probes if block is None else block,
         batched=batched,
     )
-    low = target.op.rounding > 1e-3
     if symmetry_tolerance is None:
-        symmetry_tolerance = 1e-8 if target.op.rounding < 1e-12 else 0.1 if low else 1e-3
+        symmetry_tolerance = precision_defaults(target.op.rounding)[1]
     rules = quadrature_rules(target, probes, steps, deflate, lock, symmetry_tolerance)
     return Density(
         rules=rules, dimension=target.dimension, kind=kind, products=target.products, rounding=target.rounding
@@ -172,9 +172,7 @@ class Density:
         rules = self.rules
         nodes, known = self._values(f, rules.nodes), self._values(f, rules.eigenvalues)
         quadrature = self._quadrature_error(nodes, self._values(f, rules.coarse_nodes))
-        floor = self._rounded(f, rules.eigenvalues, rules.multiplicities)
-        floor = floor + self._rounded(f, rules.nodes, rules.weights).mean(1)
-        return self._estimate(nodes, known, torch.hypot(quadrature, floor))
+        return self._estimate(nodes, known, torch.hypot(quadrature, self._floor(f)))
 
     def count_above(self, x: float | Tensor) -> Estimate:
         """The number of eigenvalues >= x, [B]; `x` is a number or [B]. `count_above(0)`: non-negative ones.
@@ -249,45 +247,55 @@ class Density:
 
         return self.apply(filtered)
 
-    def curve(self, grid: Tensor | None = None, width: float | None = None) -> Curve:
+    def curve(self, grid: Tensor | None = None, width: float | Tensor | None = None) -> Curve:
         """The density of eigenvalues, smoothed by a normal kernel of standard deviation `width`.
 
-        Returns (grid [G], density [B, G], standard_error [B, G]); a density integrates to 1 over the real
-        line. Default grid: 256 points over all samples' spectra and 4 widths beyond; default width: what
-        m nodes resolve, the longest spectrum / m.
+        `grid` is [G], or [B, G] for one of each sample; `width` a number or [B]. Returns (grid as given,
+        density [B, G], standard_error [B, G]); a density integrates to 1 over the real line. Default grid:
+        256 points over all samples' spectra and 4 widths beyond; default width: what m nodes resolve, the
+        longest spectrum / m. Where nodes are farther apart than the width the density is smoothed as far as
+        that, and the standard error says what a narrower one may hide.
         """
         low, high = self.range()
         ends = float(low.min()), float(high.max())
         if width is None:
             width = float((high - low).max()) / self.nodes.shape[2]
             width = max(width, 1e-3 * max(map(abs, ends)), 1e-3 if ends == (0.0, 0.0) else 0.0)
-        width = _number("width", width, positive=True)
+        widths = self._per_sample("width", width, positive=True)
         if grid is None:
-            grid = torch.linspace(ends[0] - 4 * width, ends[1] + 4 * width, _GRID, dtype=torch.float64)
-        if not isinstance(grid, Tensor) or grid.dim() != 1 or not bool(torch.isfinite(grid).all()):
-            raise InvalidInput("grid: expected a finite tensor [G]")
+            beyond = 4 * float(widths.max())
+            grid = torch.linspace(ends[0] - beyond, ends[1] + beyond, _GRID, dtype=torch.float64)
+        samples = len(self.nodes)
+        if (
+            not isinstance(grid, Tensor)
+            or grid.dim() not in (1, 2)
+            or (grid.dim() == 2 and len(grid) != samples)
+            or not bool(torch.isfinite(grid).all())
+        ):
+            raise InvalidInput(f"grid: expected a finite tensor [G] or [{samples}, G]")
         grid = grid.to(self.nodes.device, torch.float64)
-        estimates = [self._at(point, width) for point in grid.tolist()]
-        none = grid.new_zeros(0, self.nodes.shape[0])
-        values = torch.stack([each.value for each in estimates]) if estimates else none
-        errors = torch.stack([each.standard_error for each in estimates]) if estimates else none
-        return Curve(grid, values.mT / self.dimension, errors.mT / self.dimension)
+        values = grid.new_zeros(samples, grid.shape[-1])
+        errors = values.clone()
+        for g, point in enumerate(grid.expand_as(values).unbind(1)):
+            estimate = self._at(point, widths)
+            values[:, g], errors[:, g] = estimate.value, estimate.standard_error
+        return Curve(grid, values / self.dimension, errors / self.dimension)
 
-    def _at(self, point: float, width: float) -> Estimate:
-        """The sum of normal kernels of this width around the eigenvalues, at a point."""
+    def _at(self, point: Tensor, width: Tensor) -> Estimate:
+        """The sum of normal kernels of these widths [B] around the eigenvalues, at points [B]."""
         rules = self.rules
 
-        def kernel(values: Tensor, spread: Tensor | float = width) -> Tensor:
-            return _normal((values - point) / spread) / spread
+        def kernel(values: Tensor, further: Tensor | float = 0.0) -> Tensor:
+            shape = (-1, *[1] * (values.dim() - 1))
+            spread = (width.reshape(shape) ** 2 + further).sqrt()
+            return _normal((values - point.reshape(shape)) / spread) / spread
 
         # Narrower kernels than the nodes' cells would show the nodes, not the eigenvalues.
-        wide = kernel(rules.nodes, (width**2 + rules.widths.square() / 3).sqrt())
+        wide = kernel(rules.nodes, rules.widths.square() / 3)
         fine, known = kernel(rules.nodes), kernel(rules.eigenvalues)
         resolution = (rules.weights * (wide - fine)).sum(-1).mean(1).abs()
         quadrature = self._quadrature_error(fine, kernel(rules.coarse_nodes))
-        floor = self._rounded(kernel, rules.eigenvalues, rules.multiplicities)
-        floor = floor + self._rounded(kernel, rules.nodes, rules.weights).mean(1)
-        return self._estimate(wide, known, torch.maximum(resolution, quadrature) + floor)
+        return self._estimate(wide, known, torch.maximum(resolution, quadrature) + self._floor(kernel))
 
     def _quadrature_error(self, fine: Tensor, coarse: Tensor) -> Tensor:
         """The mean difference between the rules and those of fewer steps."""
@@ -327,12 +335,19 @@ class Density:
             raise NonFiniteError(f"f: not finite at the node {float(bad):.6g}")
         return values.to(torch.float64)
 
-    def _rounded(self, f: Function, points: Tensor, weights: Tensor) -> Tensor:
-        """What the rounding of eigenvalues and of sums may change in sums over the last dimension."""
-        delta = self.rules.rounding.reshape(-1, *[1] * (points.dim() - 1))
-        change = (f(points + delta) - f(points - delta)).abs() / 2
-        size = self.rounding * f(points).abs() + torch.nan_to_num(change, 0.0, 0.0, 0.0)
-        return (weights * size).sum(-1)
+    def _floor(self, f: Function) -> Tensor:
+        """What the rounding of eigenvalues and sums, and the widths of known eigenvalues, may change."""
+        rules = self.rules
+
+        def change(points: Tensor, widths: Tensor) -> Tensor:
+            return torch.nan_to_num((f(points + widths) - f(points - widths)).abs() / 2, 0.0, 0.0, 0.0)
+
+        rounding = rules.rounding[:, None, None].expand_as(rules.nodes)
+        chance = change(rules.nodes, rounding) + self.rounding * f(rules.nodes).abs()
+        known = change(rules.eigenvalues, rules.eigenvalue_widths)
+        sums = self.rounding * (rules.multiplicities * f(rules.eigenvalues).abs()).sum(-1)
+        widths = torch.linalg.vector_norm(rules.multiplicities * known, dim=-1)
+        return (rules.weights * chance).sum(-1).mean(1) + sums + widths
 
     def _estimate(self, nodes: Tensor, known: Tensor, error: Tensor) -> Estimate:
         """The estimate of a sum over eigenvalues from its values at nodes and known eigenvalues."""
@@ -343,8 +358,8 @@ class Density:
             mean, spread = mean_and_error(sums.mT, torch.zeros_like(exact))
         else:
             mean, free = sums.mean(1), rules.free
-            squares = (rules.weights * nodes.square()).sum(-1).mean(1)
-            variance = (squares - mean.square() / free.clamp_min(1)).clamp_min(0)
+            centre = (mean / free.clamp_min(1))[:, None, None]
+            variance = (rules.weights * (nodes - centre).square()).sum(-1).mean(1)
             spread = (2 * variance * free / (free + 2) / self.probes).sqrt()
         return Estimate(exact + mean, torch.hypot(spread, error), self.probes, self.products)
 

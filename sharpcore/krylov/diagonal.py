@@ -134,7 +134,7 @@ def _xdiag(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
         here = change(of_i, signs[:, i : i + 1], triangle[:, :, i : i + 1])
         covariance += (here * change(of_others, signs, triangle)).sum(1)
     covariance /= count * (count - 1)
-    size = (q.abs() * _entries(target, aq)).sum(1) + residual.abs().mean(1)
+    size = (basis.abs() * _entries(target, aq.transpose(0, 1))).sum(0) + residual.abs().mean(1)
     return (
         values.mean(1),
         exchangeable_error(values.transpose(0, 1), covariance, target.rounding * size),

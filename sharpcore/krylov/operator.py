@@ -14,6 +14,18 @@ from sharpcore.operators import CurvatureOperator
 Multiply = Callable[[Tensor], Tensor]
 
 
+def precision_defaults(rounding: float) -> tuple[float, float]:
+    """The tolerance and the largest asymmetry that are usual for products of this relative rounding."""
+    if rounding < 1e-12:
+        return 1e-10, 1e-8
+    return (1e-5, 1e-3) if rounding < 1e-4 else (2e-2, 0.1)
+
+
+def closing_share(rounding: float) -> float:
+    """The coupling, beside ||A||, below which a Krylov sequence has closed: what follows is rounding."""
+    return min(64 * rounding, 5e-3)
+
+
 class BatchedOperator:
     """B square operators A_i on d entries each, multiplied with K vectors of every sample at once.
 
@@ -65,14 +77,17 @@ class BatchedOperator:
 
     def _call(self, multiply: Multiply, block: Tensor, kind: str) -> Tensor:
         start = time.perf_counter()
-        out = multiply(block.to(self.device, self.dtype))
+        with torch.no_grad():
+            out = multiply(block.to(self.device, self.dtype))
         self.products += len(block)
         self.calls += 1
-        self.seconds += time.perf_counter() - start
-        if out.shape != block.shape:
+        if out.shape != block.shape or not out.is_floating_point():
             raise InvalidInput(
-                f"{self.name}: expected a {kind} of shape {list(block.shape)}; got {list(out.shape)}"
+                f"{self.name}: expected a floating-point {kind} of shape {list(block.shape)}; got "
+                f"{out.dtype} {list(out.shape)}"
             )
+        if out.dtype not in (torch.float32, torch.float64):
+            out = out.float()
         # One pass: a sum is finite but where an entry is not, or where finite entries overflow it.
         if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
             bad = (~torch.isfinite(out)).nonzero()[0].tolist()
@@ -80,6 +95,8 @@ class BatchedOperator:
                 f"{self.name}: NaN or infinity in its {kind} number {self.products - len(block) + bad[0]} of "
                 f"sample {bad[1]}"
             )
+        # Taken here, as only the check waits for a device that works on its own.
+        self.seconds += time.perf_counter() - start
         return out
 
 
@@ -155,7 +172,7 @@ def _from_matrices(matrices: Tensor) -> BatchedOperator:
         raise InvalidInput(f"operator: expected a float32 or float64 matrix; got {matrices.dtype}")
     if not bool(torch.isfinite(matrices).all()):
         raise NonFiniteError("operator: the matrix has NaN or infinity")
-    matrices = matrices.reshape(-1, *matrices.shape[-2:])
+    matrices = matrices.detach().reshape(-1, *matrices.shape[-2:])
     samples, dimension, _ = matrices.shape
     return BatchedOperator(
         lambda block: (block.transpose(0, 1) @ matrices.mT).transpose(0, 1),

@@ -11,15 +11,21 @@ from torch import Tensor
 
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.estimation import Probed
+from sharpcore.krylov.operator import closing_share
 from sharpcore.krylov.solution import Solution
 
-# Couplings below this many roundings of the products end a run: what follows is rounding.
-_BREAKDOWN = 64
 # Residuals beside ||A|| up to which a pair is deflated, or a node taken for an eigenvalue.
 _CONVERGED = 1e-4
 # Eigenvalues of the Gram matrix of one unit vector of each run: below the first they repeat a direction,
 # above the second they add one; between, nothing is decided.
-_SAME, _FURTHER = 1e-4, 1e-2
+_SAME, _FURTHER = 1e-6, 1e-2
+# Runs beyond the dimension of an eigenspace without which it is not told: as many directions as dimensions
+# may by chance be nearly dependent.
+_SPARE = 2
+# Shares of a start that are rounding.
+_ABSENT = 1e-14
+# Nodes of a run that may belong to one eigenvalue.
+_LARGEST = 4
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,20 @@ def quadrature_rules(
     rounding = target.rounding * norm
     raw = weights = ritz.weights * free[:, None]
     eigenvalues = [known]
-    if lock and probes > 1:
-        weights, left, locked = _lock(runs, ritz, raw, free, norm)
+    if lock and probes > _SPARE:
+        weights, left, locked = _lock(runs, ritz, raw, free, norm, rounding)
         eigenvalues.append(locked)
         free = left
 
     def by_sample(tensor: Tensor) -> Tensor:
         return tensor.transpose(0, 1).contiguous().to(target.device)
+
+    # Padding must not be where a function is not defined.
+    somewhere = ritz.values[0, :, :1]
+    eigenvalues = [
+        _Known(torch.where(each.multiplicities > 0, each.values, somewhere), each.widths, each.multiplicities)
+        for each in eigenvalues
+    ]
 
     def joined(tensors: list[Tensor]) -> Tensor:
         return torch.cat(tensors, dim=1).to(target.device)
@@ -182,7 +195,7 @@ def _run(target: Probed, probes: int, steps: int, vectors: Tensor, fixed: Tensor
         active = torch.where(alive.to(target.device)[:, None], basis[everyone, places[:, j]], 0.0)
         image = target.multiply(active.reshape(probes, samples, d)).reshape(1, problems, d)
         norms = torch.maximum(norms, torch.linalg.vector_norm(image[0], dim=1).cpu())
-        floor = _BREAKDOWN * target.op.rounding * norms
+        floor = closing_share(target.op.rounding) * norms
         sizes += alive
         now = torch.where(alive, offsets + sizes, -1)
         growth = target.grow_basis(basis, now, image, floor=floor, limit=rows)
@@ -202,7 +215,7 @@ def _run(target: Probed, probes: int, steps: int, vectors: Tensor, fixed: Tensor
         projected=shaped(projected.cpu()),
         sizes=shaped(sizes),
         rests=shaped(rests),
-        floors=shaped(_BREAKDOWN * target.op.rounding * norms),
+        floors=shaped(closing_share(target.op.rounding) * norms),
     )
 
 
@@ -251,56 +264,110 @@ def _widths(ritz: _Ritz) -> Tensor:
 
 
 def _lock(
-    runs: _Runs, ritz: _Ritz, weights: Tensor, free: Tensor, norm: Tensor
+    runs: _Runs, ritz: _Ritz, weights: Tensor, free: Tensor, norm: Tensor, rounding: Tensor
 ) -> tuple[Tensor, Tensor, _Known]:
     """Take the eigenvalues at both ends that all runs of a sample have found out of the rules.
 
-    Each run sees one vector of an eigenspace; as many as are independent among all runs are its dimension, if
-    that is less than the number of runs. Returns the weights and dimensions left, and the eigenvalues.
+    A run sees one vector of an eigenspace, and more once rounding has brought others in; as many as are
+    independent among all runs are its dimension, if there are runs to spare. Returns the weights
+    and dimensions left, and the eigenvalues.
     """
     probes = len(weights)
-    place, used = _common_ends(runs, ritz, _CONVERGED * norm)
-    values, residuals = (each.gather(-1, place) for each in (ritz.values, ritz.residuals))
-    vectors = _ritz_vectors(runs, ritz, place)
-    angles = torch.linalg.eigvalsh(torch.einsum("pbcd,qbcd->bcpq", vectors, vectors)).cpu()
+    place, used = _common_ends(ritz, _CONVERGED * norm, rounding)
+    values, residuals, shares = (
+        each.gather(-1, place) for each in (ritz.values, ritz.residuals, weights)
+    )  # [P, B, c]
+    reach = 2 * residuals.amax(0) + rounding[:, None]
+    member, counts = _groups(values.mean(0), used, reach)
+    _, groups, size = member.shape
+
+    def of_groups(each: Tensor, blank: float) -> Tensor:
+        chosen = each.gather(-1, member.flatten(1).expand(probes, -1, -1))
+        return torch.where(counts, chosen.unflatten(-1, (groups, size)), blank)
+
+    low = of_groups(values, math.inf).amin((0, 3))
+    high = of_groups(values, -math.inf).amax((0, 3))
+    vectors = _ritz_vectors(runs, ritz, place.gather(-1, member.flatten(1).expand(probes, -1, -1)))
+    vectors = vectors.unflatten(2, (groups, size)) * counts[..., None].to(vectors)
+    vectors = vectors.permute(1, 2, 0, 3, 4).flatten(2, 3)  # [B, groups, P * size, d]
+    angles = torch.linalg.eigvalsh(vectors @ vectors.mT).cpu()
     multiplicity = (angles > _FURTHER).sum(-1)
     clear = ((angles <= _SAME) | (angles > _FURTHER)).all(-1)
-    taken = used & clear & (multiplicity < probes)
+    taken = counts[..., 0] & clear & (multiplicity <= probes - _SPARE)
     multiplicity = torch.where(taken, multiplicity, 0)
-    locked = torch.zeros_like(weights).scatter_add_(-1, place, taken.to(weights).expand_as(place))
-    rest = torch.where(locked > 0, 0.0, weights)
+    # What lies within an eigenvalue's interval is of it, in runs as well that hold it as several nodes.
+    nodes, reach = ritz.values[..., None], of_groups(reach.expand_as(values), 0.0).amax((0, 3))
+    inside = (nodes >= (low - reach)[:, None]) & (nodes <= (high + reach)[:, None])
+    locked = (inside & taken[:, None]).any(-1)
+    rest = torch.where(locked, 0.0, weights)
     left, sums = free - multiplicity.sum(1), rest.sum(-1)
     # Multiplicities that do not add up were misjudged.
     sound = (left >= 0) & ((left == 0) | (sums > 1e-8 * free).all(0))
     scale = left / sums.clamp_min(torch.finfo(torch.float64).tiny)
     rest = torch.where(sound[:, None], rest * scale[..., None] * (left > 0)[:, None], weights)
-    best = residuals.argmin(0, keepdim=True)
-    widths = residuals.amin(0) + (values.amax(0) - values.amin(0))
+    # Where several eigenvalues pass for one, the runs see different means of them.
+    shares = of_groups(shares, 0.0).clamp_min(torch.finfo(torch.float64).tiny) * counts
+    means = (shares * of_groups(values, 0.0)).sum((0, 3)) / shares.sum((0, 3)).clamp_min(1e-300)
+    widths = of_groups(residuals, math.inf).amin((0, 3)) + (high - low)
     multiplicity = torch.where(sound[:, None], multiplicity, 0).to(values)
-    return rest, torch.where(sound, left, free), _Known(values.gather(0, best)[0], widths, multiplicity)
+    widths = torch.where(multiplicity > 0, widths, 0.0)
+    return rest, torch.where(sound, left, free), _Known(means, widths, multiplicity)
 
 
-def _common_ends(runs: _Runs, ritz: _Ritz, tolerance: Tensor) -> tuple[Tensor, Tensor]:
+def _groups(centers: Tensor, used: Tensor, distance: Tensor) -> tuple[Tensor, Tensor]:
+    """Neighbours among `centers` [B, c] that one of their distances [B, c] reaches over, as one group.
+
+    Returns the places of the members of each group, [B, groups, size], and which count. Groups of more than
+    _LARGEST members, which are spectra and not eigenvalues, are left out.
+    """
+    samples, count = centers.shape
+    slots = torch.arange(count)
+    apart = torch.ones_like(used)
+    apart[:, 1:] = (
+        (centers.diff(dim=1).abs() > torch.maximum(distance[:, 1:], distance[:, :-1]))
+        | ~used[:, 1:]
+        | ~used[:, :-1]
+    )
+    group = apart.long().cumsum(1) - 1
+    first = torch.where(apart, slots, 0).cummax(1).values
+    rank = slots - first
+    size = max(1, min(int(rank.max()) + 1, _LARGEST)) if count else 1
+    member = torch.zeros(samples, count, size, dtype=torch.int64)
+    counts = torch.zeros(samples, count, size, dtype=torch.bool)
+    fits = used & (rank < size)
+    b, j = fits.nonzero(as_tuple=True)
+    member[b, group[b, j], rank[b, j]] = j
+    counts[b, group[b, j], rank[b, j]] = True
+    too_large = torch.zeros(samples, count, dtype=torch.bool)
+    b, j = (used & (rank >= size)).nonzero(as_tuple=True)
+    too_large[b, group[b, j]] = True
+    return member, counts & ~too_large[..., None]
+
+
+def _common_ends(ritz: _Ritz, tolerance: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
     """Places [P, B, c] in every run of the pairs that all runs of a sample agree on, from either end inwards
     to the first one that they do not, and which of the c belong to the sample, [B, c]."""
-    sizes, steps = runs.sizes[..., None], ritz.values.shape[-1]
+    steps = ritz.values.shape[-1]
+    # Copies of eigenvalues that rounding brings in come late, and would be in the way of those behind.
+    present = ritz.weights > _ABSENT
+    order = (~present).to(torch.uint8).sort(dim=-1, stable=True).indices
+    sizes = present.sum(-1, keepdim=True)
     upwards = torch.arange(steps).expand_as(ritz.values)
     downwards = sizes - 1 - upwards
 
-    def agreed(place: Tensor) -> Tensor:
-        counts = (place >= 0) & (place < sizes)
-        place = place.clamp_min(0)
-        values = ritz.values.gather(-1, place)
-        converged = counts & (ritz.residuals.gather(-1, place) <= tolerance[:, None])
-        together = values.amax(0) - values.amin(0) <= 2 * tolerance[:, None]
+    def agreed(slot: Tensor) -> Tensor:
+        counts = (slot >= 0) & (slot < sizes)
+        place = order.gather(-1, slot.clamp_min(0))
+        values, residuals = ritz.values.gather(-1, place), ritz.residuals.gather(-1, place)
+        converged = counts & (residuals <= tolerance[:, None])
+        together = values.amax(0) - values.amin(0) <= 2 * residuals.amax(0) + rounding[:, None]
         return (converged.all(0) & together).long().cumprod(-1).sum(-1)
 
     low = agreed(upwards)
-    high = torch.minimum(agreed(downwards), (runs.sizes.amin(0) - low).clamp_min(0))
+    high = torch.minimum(agreed(downwards), (sizes[..., 0].amin(0) - low).clamp_min(0))
     slots = torch.arange(int((low + high).max()))
-    from_above = sizes - 1 - (slots - low[:, None])
-    place = torch.where(slots < low[:, None], slots, from_above).clamp(0, steps - 1)
-    return place, slots < (low + high)[:, None]
+    slot = torch.where(slots < low[:, None], slots, sizes - 1 - (slots - low[:, None]))
+    return order.gather(-1, slot.clamp(0, steps - 1)), slots < (low + high)[:, None]
 
 
 def _ritz_vectors(runs: _Runs, ritz: _Ritz, place: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.checkpoint import read_checkpoint, write_checkpoint
 from sharpcore.krylov.decomposition import Decomposition, Ritz
-from sharpcore.krylov.operator import BatchedOperator
+from sharpcore.krylov.operator import BatchedOperator, precision_defaults
 from sharpcore.krylov.probes import probes
 from sharpcore.krylov.solution import Result, Solution, Stats, worst
 
@@ -64,7 +64,7 @@ class Plan:
 
     def wanted(self, count: int) -> Tensor:
         """Places of the wanted ones among `count` ascending values."""
-        low = min(self.k, count) if self.which != "largest" else 0
+        low = min(self.k, count) if self.which in ("smallest", "both") else 0
         high = min(self.k, count - low) if self.which != "smallest" else 0
         return torch.cat([torch.arange(low), torch.arange(count - high, count)])
 
@@ -89,6 +89,13 @@ class Run(ABC):
         progress: Callable[[Progress], None] | None,
     ) -> None:
         self.op, self.plan, self.checkpoint, self.progress = op, plan, checkpoint, progress
+        least = self.products_a_vector * plan.block
+        if plan.max_products < least:
+            raise InvalidInput(
+                f"max_products: expected at least those of one block, {least}; got {plan.max_products}"
+            )
+        if checkpoint is not None and not checkpoint.parent.is_dir():
+            raise InvalidInput(f"checkpoint: expected a file in a folder that exists; got {checkpoint}")
         self.krylov = Decomposition(op.samples, op.dimension, plan.rows, plan.block, op.device)
         count = plan.number(op.dimension)
         self.values = torch.full((op.samples, count), float("nan"), dtype=self.values_dtype)
@@ -113,7 +120,7 @@ class Run(ABC):
             block = krylov.active()
             products = op.multiply(block)
             krylov.extend(products, op, plan.tolerance)
-            last = op.products + self.products_a_vector * len(block) > plan.max_products
+            last = op.products + self.products_a_vector * self._next_width() > plan.max_products
             going = ~krylov.frozen
             if op.calls <= 3 and bool(going.any()):
                 self.check(going.nonzero().flatten())
@@ -125,6 +132,11 @@ class Run(ABC):
                 self._save()
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+
+    @property
+    def verification(self) -> float:
+        """How many more vectors are multiplied to look for missed pairs, a share of the basis."""
+        return _VERIFICATION
 
     @abstractmethod
     def pairs(self, samples: Tensor) -> Iterator[Ritz]:
@@ -138,12 +150,21 @@ class Run(ABC):
     def check(self, samples: Tensor) -> None:
         """Raise InvalidInput where the projections show that the operator is not of the solver's kind."""
 
-    @property
-    def kept(self) -> int:
-        """How many Ritz vectors a full basis is contracted to, of those that have been multiplied."""
+    def kept(self, active: int) -> int:
+        """How many Ritz vectors a full basis is contracted to, of those that have been multiplied.
+
+        So few that the `active` block, or the one after a breakdown (0), and its products have room.
+        """
         # Two thirds needed the fewest products on spectra of score networks, over bases of 60 to 120 rows.
-        wanted, limit = self.values.shape[1], self.krylov.limit
-        return max(wanted + self.plan.block, 2 * limit // 3)
+        wanted, limit, block = self.values.shape[1], self.krylov.limit, self.plan.block
+        return min(max(wanted + block, 2 * limit // 3), limit - 2 * (active or block))
+
+    def _next_width(self) -> int:
+        """The most vectors that the next block has, a fresh one where a sequence has closed."""
+        krylov = self.krylov
+        active = torch.where(krylov.frozen, 0, krylov.sizes - krylov.processed)
+        widths = torch.where(krylov.ended, self.plan.block, active)
+        return int(widths.max())
 
     def _random(self, samples: Tensor, count: int) -> Tensor:
         """The next random vectors of the given samples, [count, B, d]; zeros for the others."""
@@ -213,8 +234,10 @@ class Run(ABC):
         active = int(krylov.sizes[i] - krylov.processed[i]) + 1
         if self.values.shape[1] + 3 * active > krylov.limit:
             return True
+        if self.op.products + self.products_a_vector * active > self.plan.max_products:
+            return True
         if int(self.verified[i]) < 0:
-            more = max(_LEAST_VERIFICATION, int(_VERIFICATION * int(krylov.processed[i])))
+            more = max(_LEAST_VERIFICATION, int(self.verification * int(krylov.processed[i])))
             self.verified[i] = krylov.multiplied[i] + more
             one = torch.tensor([i])
             krylov.append(self._random(one, 1), one, sequence=False)
@@ -225,18 +248,19 @@ class Run(ABC):
 
         Before any breakdown that is taken for granted, as by every Krylov method. A breakdown shows that a
         start did not see all eigenvalues; then a sequence begun since must have none that is better than the
-        last one wanted: its outermost pair has settled there, or farther in.
+        last one wanted: its outermost pair has converged there, or farther in. Being farther in by more than
+        its residual is not enough: a start holds little of the few vectors of a rare eigenvalue.
         """
         krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
         complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
-        ends = [(0, k - 1, 1)] if self.plan.which != "largest" else []
+        ends = [(0, k - 1, 1)] if self.plan.which in ("smallest", "both") else []
         ends += [(-1, -k, -1)] if self.plan.which != "smallest" else []
         for place in (krylov.sequences[ritz.samples] > 1).nonzero().flatten().tolist():
             fresh = ritz.fresh[place].nonzero().flatten()
             for outermost, last, inwards in ends if len(fresh) else ():
                 pair = fresh[outermost]
                 distance = inwards * (ritz.keys[place, pair] - ritz.keys[place, chosen[last]])
-                settled = ritz.residuals[place, pair] <= torch.maximum(bound[place], distance)
+                settled = ritz.residuals[place, pair] <= bound[place]
                 complete[place] &= (distance >= -bound[place]) & settled
             complete[place] &= len(fresh) > 0
         return complete
@@ -323,22 +347,20 @@ class Run(ABC):
 def make_plan(
     op: BatchedOperator, k: int, which: str, block: int, tolerance: float | None, max_products: int | None,
     max_basis: int | None, on_breakdown: str, seed: int, sample_ids: Sequence[int] | None,
-    symmetry_tolerance: float | None,
+    symmetry_tolerance: float | None, ends: Sequence[str] = ENDS,
 ) -> Plan:  # fmt: skip
     """The arguments of an eigensolver, checked, with their defaults. Raises InvalidInput."""
     d = op.dimension
     check_count("k", k, 1, d, "the dimension")
     check_count("block", block, 1, None, "")
     block = min(block, d)
-    if which not in ENDS:
-        raise InvalidInput(f"which: expected one of {', '.join(ENDS)}; got {which!r}")
+    if which not in ends:
+        raise InvalidInput(f"which: expected one of {', '.join(ends)}; got {which!r}")
     if on_breakdown not in ("continue", "stop"):
         raise InvalidInput(f"on_breakdown: expected 'continue' or 'stop'; got {on_breakdown!r}")
-    exact, low = op.rounding < 1e-12, op.rounding > 1e-3
-    if tolerance is None:
-        tolerance = 1e-10 if exact else 2e-2 if low else 1e-5
-    if symmetry_tolerance is None:
-        symmetry_tolerance = 1e-8 if exact else 0.1 if low else 1e-3
+    usual, usual_symmetry = precision_defaults(op.rounding)
+    tolerance = usual if tolerance is None else tolerance
+    symmetry_tolerance = usual_symmetry if symmetry_tolerance is None else symmetry_tolerance
     for name, value in (("tolerance", tolerance), ("symmetry_tolerance", symmetry_tolerance)):
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < float("inf"):
             raise InvalidInput(f"{name}: expected a number >= 0; got {value!r}")
@@ -351,13 +373,25 @@ def make_plan(
         max_products = 10 * d + 100
     check_count("max_products", max_products, 1, None, "")
     check_count("seed", seed, 0, 2**63 - 1, "")
-    ids = tuple(range(op.samples)) if sample_ids is None else tuple(sample_ids)
-    if len(ids) != op.samples:
-        raise InvalidInput(f"sample_ids: expected {op.samples}, one for each sample; got {len(ids)}")
+    ids = tuple(sample_numbers(sample_ids, op.samples))
     return Plan(
         k, which, block, float(tolerance), float(symmetry_tolerance), max_products, min(max_basis, d),
         on_breakdown == "stop", seed, ids,
     )  # fmt: skip
+
+
+def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> list[int]:
+    """The numbers that tell the samples' probes apart, by default 0 .. B - 1. Raises InvalidInput."""
+    if sample_ids is None:
+        return list(range(samples))
+    if not isinstance(sample_ids, (Sequence, Tensor)) or isinstance(sample_ids, str):
+        raise InvalidInput(f"sample_ids: expected {samples} integers; got {sample_ids!r}")
+    numbers = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
+    if len(numbers) != samples:
+        raise InvalidInput(f"sample_ids: expected {samples}, one for each sample; got {len(numbers)}")
+    for number in numbers:
+        check_count("sample_ids", number, 0, 2**63 - 1, "")
+    return numbers
 
 
 def check_count(name: str, value: int, least: int, most: int | None, what: str) -> None:

@@ -30,7 +30,7 @@ class Stats:
 
     `products`: vectors multiplied for each sample (transposed products included); `steps`: calls of the
     operator; `restarts`: how often a basis was contracted; `norm` [B]: the largest magnitude of a Ritz value,
-    an estimate of ||A||; `asymmetry` [B]: ||T - T^T|| / ||T|| of the projected operator (symmetric solvers);
+    an estimate of ||A||; `asymmetry` [B]: ||T - T^T|| / ||T|| of the projection (0 for singular values);
     `deflated` [B]: vectors that lay in the basis already; `breakdowns` [B]: invariant subspaces found;
     `seconds` in all, `operator_seconds` in products.
     """

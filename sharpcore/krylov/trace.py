@@ -44,21 +44,22 @@ def trace(
 
     "hutchinson" is the mean of z^T A z over `products` probes (Hutchinson 1989): unbiased, error ~ ||A||_F /
     sqrt(products). "hutch++" (Meyer, Musco, Musco and Woodruff 2021, Algorithm 1) takes the trace over the
-    range of a sketch exactly and probes the rest; "xtrace" (Epperly, Tropp and Webber 2024)
-    does so with all probes in both roles, each left out in turn. Both gain where few eigenvalues are far from
+    range of a sketch exactly and probes the rest; "xtrace" (Epperly, Tropp and Webber 2024) does so with all
+    probes in both roles, each left out in turn. Both gain where few eigenvalues are far from
     zero, and are exact (d unit vectors are multiplied instead) where `products` >= d.
 
     A score's Hessian is -1 / sigma^2 times the identity and a little near t = T: give that as `shift`. Then
     probes see only R = A - shift I, and shift d is added exactly. Without it a sketch finds no direction that
-    stands out, and normal probes waste their accuracy on the length of z (rademacher and sphere probes
-    have z^T z = d, and see no difference in Hutchinson's method).
+    stands out, and in Hutchinson's method normal probes waste their accuracy on the length of z (rademacher
+    and sphere probes have z^T z = d, and see no difference).
 
     Args:
         operator: a curvature operator (B: first dimension of x), a matrix [d, d] or [B, d, d], or a
             `BatchedOperator`.
         products: vectors multiplied for each sample, at most; at least 2 ("hutchinson") or 4.
-        kind: "rademacher", "normal" or "sphere" probes. Default: sphere for xtrace (whose probes are then
-            normalized, as the paper advises; so are normal ones), else rademacher.
+        kind: "rademacher", "normal" or "sphere" probes. Default: rademacher for hutchinson, sphere for the
+            others, in which normal and sphere probes are normalized to the mean of their length beyond the
+            sketch.
         shift: the multiple of the identity in A, a number or [B].
         minus: a second operator of the same shape: the trace of A - B is estimated, both multiplied with the
             same probes, so that the error is that of the difference. A common shift cancels.
@@ -76,7 +77,7 @@ def trace(
     """
     if method not in METHODS:
         raise InvalidInput(f"method: expected one of {', '.join(METHODS)}; got {method!r}")
-    kind = kind or ("sphere" if method == "xtrace" else "rademacher")
+    kind = kind or ("rademacher" if method == "hutchinson" else "sphere")
     options: dict[str, Any] = {
         "kind": kind, "seed": seed, "sample_ids": sample_ids, "shift": shift, "block": block,
         "batched": batched,
@@ -290,21 +291,27 @@ def _hutchinson(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
     return *_mean(target, products, _first), products
 
 
+def _normalized(target: Probed, form: Tensor, square: Tensor, dimension: Tensor) -> Tensor:
+    """z^T A z of probes z in a subspace of this dimension, as if of the length sqrt(dimension) that they have
+    in the mean: the direction of a normal or sphere probe is uniform and independent of its length."""
+    return form if target.kind == "rademacher" else form * dimension / square.clamp_min(TINY)
+
+
 def _hutch_plus_plus(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
     """A third of the products each for the sketch, the trace over its range, and probes of the rest."""
     sketched = max(products // 3, 1)
     count = products - 2 * sketched
-    basis = target.orthonormal(target.multiply(target.probes(0, sketched))).basis
+    basis, _, ranks = target.orthonormal(target.multiply(target.probes(0, sketched)))
     image = target.multiply(basis)
     inside = dot(basis, image).sum(0)
     size = target.size(basis, image).sum(0)
-    rows = basis.transpose(0, 1)
+    rows, outside = basis.transpose(0, 1), target.dimension - ranks.to(inside)
     values, sizes = [], []
     for first in range(0, count, target.block):
         vectors = target.probes(sketched + first, min(target.block, count - first)).transpose(0, 1)
         vectors = (vectors - (vectors @ rows.mT) @ rows).transpose(0, 1)
         value, each = _first(target, vectors, 0)
-        values.append(value)
+        values.append(_normalized(target, value, dot(vectors, vectors), outside))
         sizes.append(each)
     floor = target.rounding * (size + torch.cat(sizes).mean(0))
     rest, error = mean_and_error(torch.cat(values), floor)
@@ -337,11 +344,8 @@ def _xtrace(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
     def trace_along(t: Tensor) -> Tensor:
         return (t * (inner @ t)).sum(1)
 
-    def normalized(form: Tensor, square: Tensor, dimension: Tensor) -> Tensor:
-        return form if target.kind == "rademacher" else form * dimension / square.clamp_min(TINY)
-
     inside = inner.diagonal(dim1=1, dim2=2).sum(1, keepdim=True) - trace_along(s)
-    values = inside + normalized(form, square, outside)
+    values = inside + _normalized(target, form, square, outside)
     change = torch.zeros(*values.shape, count, dtype=values.dtype, device=values.device)
     both = z @ aq.mT + az @ q.mT
     for i in range(count):
@@ -349,8 +353,8 @@ def _xtrace(target: Probed, products: int) -> tuple[Tensor, Tensor, int]:
         t, _ = directions_beyond(s, i)
         along, again = (t * onto[:, :, i : i + 1]).sum(1), trace_along(t)
         without = form[:, i, None] + along * (both[:, i, None] @ t)[:, 0] + along.square() * again
-        less = normalized(
-            without, square[:, i, None] + along.square(), outside[:, i, None] + t.square().sum(1)
+        less = _normalized(
+            target, without, square[:, i, None] + along.square(), outside[:, i, None] + t.square().sum(1)
         )
         change[:, i] = values[:, i, None] - (inside[:, i, None] - again + less)
     covariance = (change * change.mT).sum((1, 2)) / (count * (count - 1))

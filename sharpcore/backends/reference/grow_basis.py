@@ -36,10 +36,10 @@ def grow_basis(basis: Tensor, sizes: Tensor, block: Tensor, *, floor: Tensor, li
 
     Args:
         basis: [B, M, d] float64, row-contiguous; the first sizes[i] rows of each are orthonormal. Written.
-        sizes: [B] int64 on the CPU. A negative size freezes the problem: nothing is done, its results are
-        zero. block: [K, B, d], float32 or float64. floor: [B] float64 on the CPU. A remainder of at most this
-        norm, or of 64 float64 roundings of its w_j,
-            gives no row (deflation).
+        sizes: [B] int64 on the CPU. A negative size freezes the problem: its results are zero.
+        block: [K, B, d], float32 or float64.
+        floor: [B] float64 on the CPU. A remainder of at most this norm, or of 64 float64 roundings of its
+            w_j, gives no row (deflation).
         limit: the most rows of a basis, at most min(M, d); a vector that finds it full is dropped.
 
     Returns:
