@@ -43,7 +43,7 @@ def exact_mixture(tmp_path_factory: pytest.TempPathFactory) -> mixture.Results:
 def test_eigenvalues_of_the_exact_mixture(exact_mixture: mixture.Results) -> None:
     for key, found in exact_mixture.curvatures.items():
         expected = torch.linalg.eigvalsh(exact_mixture.exact[key])
-        # Measured: 3e-13 where eigenvalues are near -554.
+        # Measured: 5e-13 where eigenvalues are near -554.
         torch.testing.assert_close(found.eigenvalues, expected, rtol=1e-11, atol=1e-11)
 
 
@@ -121,7 +121,7 @@ def test_training_repeats_learns_and_is_cached(tmp_path: Path) -> None:
     second, again = train("b", "x")
     assert torch.equal(torch.get_rng_state(), before)
     assert losses == again
-    # Measured: from 1.06 to 0.44.
+    # Measured: from 1.03 to 0.45.
     assert sum(losses[-10:]) / 10 < 0.75 * losses[0]
     loaded, kept = train("a", "x", steps=10**9)
     assert kept == losses
@@ -173,7 +173,7 @@ def test_hessians_are_those_of_autograd() -> None:
         # Quadratic forms v.J^T v see the symmetric part alone.
         expected = (pulled * v).flatten(1).sum(1).double()
         flat = v.double().flatten(1)
-        # Measured: a relative error of 4e-7.
+        # Measured: a relative error of 5e-7.
         torch.testing.assert_close(
             torch.einsum("bi,bij,bj->b", flat, found, flat), expected, rtol=1e-5, atol=1e-5
         )

@@ -247,7 +247,7 @@ def plot_spectra(
     for axes, step in zip(panels[0], steps, strict=False):
         for group, color in zip(GROUPS, COLORS, strict=True):
             values = curvatures[group, step].eigenvalues
-            axes.plot(values.T, color=color, linewidth=0.7, alpha=0.6)
+            axes.plot(values.T.numpy(), color=color, linewidth=0.7, alpha=0.6)
             axes.plot([], [], color=color, label=group)
         row = next(row for row in rows if row.step == step)
         axes.axhline(row.bound, color="0.3", linewidth=1, linestyle="--", label="−1/σ²")
@@ -256,7 +256,7 @@ def plot_spectra(
     panels[0][0].set_ylabel("eigenvalue of the Hessian of log p(x | digit)")
     panels[0][0].legend(fontsize=8, framealpha=0.85, edgecolor="none")
     tiles = torch.cat([samples[:4, 0].transpose(0, 1).flatten(1) for samples in finished.values()])
-    panels[0][-1].imshow(tiles, cmap="gray", vmin=-1, vmax=1)
+    panels[0][-1].imshow(tiles.numpy(), cmap="gray", vmin=-1, vmax=1)
     panels[0][-1].set_axis_off()
     panels[0][-1].set_title("samples")
     figure.savefig(path, dpi=90)
