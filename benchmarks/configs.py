@@ -44,7 +44,7 @@ SDXL: dict[str, Any] = {
 }
 # The memory budget of the rows that have one, in bytes. That of "sd14" keeps the peak of linearizing and of a
 # product within two and a half times that of a forward pass.
-BUDGETS = {"mid": 64 * 2**20, "sd14": 640 * 2**20}
+BUDGETS = {"mid": 64 * 2**20, "sd14": 720 * 2**20}
 SDXL_DEPTHS = (10, 8, 6, 4, 2, 1)
 # What products may take beside the weights at 32x32: residuals, tangents, packed convolution weights.
 SDXL_WORKSPACE = 8 * 2**30
