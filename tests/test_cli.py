@@ -253,7 +253,11 @@ def test_disk_full_on_the_journal(fake, tmp_path, monkeypatch):
 
 
 def start(code, *arguments):
-    """Run a command line in a process of its own."""
+    """Run a command line in a process of its own, with Ctrl-C as usual.
+
+    A shell that starts the tests in the background lets them ignore it, and their children as well.
+    """
+    code = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n{code}"
     paths = [str(Path(sharpcore.__file__).parents[1]), str(Path(__file__).parent)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
