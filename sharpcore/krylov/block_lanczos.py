@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -113,14 +112,8 @@ class _Lanczos(Run):
 
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
-            processed = ritz.values.shape[1]
-            count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
-            ends = replace(self.plan, k=max(1, count // 2) if self.plan.which == "both" else count)
-            kept = ends.wanted(processed).expand(len(ritz.samples), -1)
-            # Pairs of the closed part first, so that the sequence begun after it stays in one piece.
-            fresh = ritz.fresh.gather(1, kept)
-            kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)
-            self.krylov.contract(ritz.samples, columns(ritz.weights, kept), (~fresh).sum(1))
+            kept, closed = self.outermost(ritz)
+            self.krylov.contract(ritz.samples, columns(ritz.weights, kept), closed)
 
     def check(self, samples: Tensor) -> None:
         asymmetry = self.krylov.asymmetry(samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -196,14 +196,9 @@ class _GolubKahan(Run):
 
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
-            processed = ritz.values.shape[1]
-            count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
-            ends = replace(self.plan, k=max(1, count // 2) if self.plan.which == "both" else count)
-            kept = ends.wanted(processed).expand(len(ritz.samples), -1)
-            fresh = ritz.fresh.gather(1, kept)
-            kept = kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices)
+            kept, closed = self.outermost(ritz)
             right, left = columns(ritz.weights, kept), columns(ritz.left, kept)
-            self.krylov.shrink(ritz.samples, right, left, (~fresh).sum(1))
+            self.krylov.shrink(ritz.samples, right, left, closed)
 
     def check(self, samples: Tensor) -> None:
         """Any square operator will do."""

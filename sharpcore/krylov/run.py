@@ -159,6 +159,18 @@ class Run(ABC):
         wanted, limit, block = self.values.shape[1], self.krylov.limit, self.plan.block
         return min(max(wanted + block, 2 * limit // 3), limit - 2 * (active or block))
 
+    def outermost(self, ritz: Ritz) -> tuple[Tensor, Tensor]:
+        """Places [G, q] of the Ritz pairs that a full basis keeps, and how many [G] are of its closed part.
+
+        Those come first, so that the sequence begun after it stays in one piece.
+        """
+        processed = ritz.values.shape[1]
+        count = self.kept(int(self.krylov.sizes[ritz.samples[0]]) - processed)
+        ends = replace(self.plan, k=max(1, count // 2) if self.plan.which == "both" else count)
+        kept = ends.wanted(processed).expand(len(ritz.samples), -1)
+        fresh = ritz.fresh.gather(1, kept)
+        return kept.gather(1, fresh.to(torch.int8).sort(dim=1, stable=True).indices), (~fresh).sum(1)
+
     def _next_width(self) -> int:
         """The most vectors that the next block has, a fresh one where a sequence has closed."""
         krylov = self.krylov
