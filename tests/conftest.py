@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import interpreted  # noqa: F401  # before anything imports triton
 import pytest
 from pipelines import Work, load_tiny_pipeline, make_sd2_pipeline, make_xl_pipeline
 
