@@ -1,5 +1,7 @@
-"""Which configuration of a Triton kernel runs: a safe one, or the fastest for a shape, measured once and kept on
-disk."""
+"""Which configuration of a Triton kernel runs: a safe one, or the fastest for a shape, measured once.
+
+What was measured is kept on disk.
+"""
 
 from __future__ import annotations
 

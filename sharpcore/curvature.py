@@ -60,7 +60,7 @@ class Products:
                 f"memory_budget: expected a positive number of bytes; got {self.memory_budget!r}"
             )
         get_backend(self.backend, device="cpu", dtype=torch.float32)
-        check_precision(self.precision, pipe.unet.dtype)
+        check_precision(self.precision, pipe.unet.dtype, pipe.unet.device)
 
 
 @dataclass(frozen=True)

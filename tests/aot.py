@@ -26,8 +26,8 @@ ARCHITECTURES = (80, 90)
 class Request:
     """One kernel of `sharpcore.kernels.<module>` with the types of its arguments.
 
-    `types` are Triton's ("*bf16", "i32", "fp32"); `constants` the values of its constexpr arguments, those of a
-    configuration included; `aligned` the arguments whose values are multiples of 16.
+    `types` are Triton's ("*bf16", "i32", "fp32"); `constants` the values of its constexpr arguments,
+    those of a configuration included; `aligned` the arguments whose values are multiples of 16.
     """
 
     module: str
@@ -42,8 +42,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says of a kernel: registers of a thread, bytes of its stack and of what it spills, and the shared
-    memory of a block."""
+    """What ptxas says of a kernel: registers of a thread, bytes of its stack and of what it spills, and the
+    shared memory of a block."""
 
     registers: int
     stack: int

@@ -121,13 +121,13 @@ class Decomposition:
         self.sizes = self.sizes + growth.ranks
         ended = (torch.linalg.matrix_norm(triangle) <= closing) & ~self.frozen
         self.breakdowns += ended
-        for i in ended.nonzero().flatten().tolist():
+        if bool(ended.any()):
             # A coupling of rounding alone is no direction of the old sequence: the next one begins afresh.
-            n = int(self.processed[i])
-            coupling = torch.linalg.vector_norm(self.projected[i, n:, :n], dim=0)
-            self.lost[i, :n] = self.lost[i, :n].hypot(coupling)
-            self.projected[i, n:] = 0
-            self.sizes[i] = n
+            below = torch.arange(self.projected.shape[1]) >= self.processed[ended, None]
+            coupling = self.projected[ended] * below[:, :, None]
+            self.lost[ended] = self.lost[ended].hypot(torch.linalg.vector_norm(coupling, dim=1))
+            self.projected[ended] -= coupling
+            self.sizes[ended] = self.processed[ended]
 
     def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
         """Write a growth into the columns processed, processed + 1, ... of `matrix` [B, M, M]: coefficients

@@ -379,7 +379,7 @@ def make_plan(
     wanted = min(2 * k, d) if which == "both" else k
     least = min(d, wanted + 3 * block)
     if max_basis is None:
-        max_basis = max(least, min(_BASIS_ROWS, _BASIS_ENTRIES // d, d), min(d, 2 * wanted + 4 * block))
+        max_basis = default_basis(d, wanted, block)
     check_count("max_basis", max_basis, least, None, "pairs + 3 blocks")
     if max_products is None:
         max_products = 10 * d + 100
@@ -390,6 +390,13 @@ def make_plan(
         k, which, block, float(tolerance), float(symmetry_tolerance), max_products, min(max_basis, d),
         on_breakdown == "stop", seed, ids,
     )  # fmt: skip
+
+
+def default_basis(dimension: int, wanted: int, block: int) -> int:
+    """The most rows of a basis where nothing is said."""
+    least = min(dimension, wanted + 3 * block)
+    usual = min(_BASIS_ROWS, _BASIS_ENTRIES // dimension, dimension)
+    return max(least, usual, min(dimension, 2 * wanted + 4 * block))
 
 
 def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> list[int]:
