@@ -67,7 +67,7 @@ class Recordings:
     def __init__(self, make: Callable[[], Graph]) -> None:
         self._make = make
         self._known: set[Hashable] = set()
-        self._made: dict[Hashable, tuple[Graph, Sequence[Tensor], Any]] = {}
+        self._made: dict[Hashable, tuple[Graph, list[Tensor], Any]] = {}
         self.refused: dict[Hashable, str] = {}
 
     def holds(self, name: Hashable) -> bool:
