@@ -67,8 +67,8 @@ def cut(channels: int, groups: int, positions: int, *, channels_last: bool) -> T
         block_p = min(triton.next_power_of_2(positions), TILE // block_c)
     else:
         together = 1
-        block_p = _least_waste(positions, 1, TILE)
-        block_c = _least_waste(per_group, max(1, 1024 // block_p), TILE // block_p)
+        block_p = _least_waste(positions, TILE // 4, TILE)
+        block_c = _least_waste(per_group, TILE // 4 // block_p, TILE // block_p)
     return Tiles(
         together,
         block_c,
@@ -80,7 +80,7 @@ def cut(channels: int, groups: int, positions: int, *, channels_last: bool) -> T
 
 def _least_waste(size: int, smallest: int, largest: int) -> int:
     """The power of two whose multiple just above `size` is smallest; of several the largest."""
-    smallest = min(max(smallest, largest // 4), triton.next_power_of_2(size))
+    smallest = max(1, min(smallest, triton.next_power_of_2(size)))
     powers = [2**n for n in range(smallest.bit_length() - 1, largest.bit_length()) if 2**n < 2 * size]
     return min(powers, key=lambda power: (triton.cdiv(size, power) * power, -power))
 

@@ -38,8 +38,8 @@ def residual_add_kernel(
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """One tile of [outer, inner, rows, columns]; `out` may be an operand, as a program writes only what it has
-    read."""
+    """One tile of [outer, inner, rows, columns]; `out` may be an operand, as a program writes only what it
+    has read."""
     o, i = tl.program_id(0) // inner, tl.program_id(0) % inner
     row = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     column = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
