@@ -21,7 +21,6 @@ if not torch.cuda.is_available():
     pytest.skip("needs a GPU", allow_module_level=True)
 pytest.importorskip("triton")
 
-# ruff: noqa: E402 (these imports need Triton)
 from sharpcore.backends import reference
 from sharpcore.backends.cuda.geglu_tangent import geglu_adjoint, geglu_forward, geglu_tangent
 from sharpcore.backends.cuda.group_norm_silu_forward import group_norm_silu_forward
