@@ -1,11 +1,11 @@
-"""Triton kernels of attention, its tangents and its transpose: tiles of scores, never a matrix of them in memory.
+"""Triton kernels of attention, its K tangents and its transpose, that never hold a matrix of scores.
 
-All K tangents of a program share the tile of scores and probabilities. With G = P * S', the tangent is
-P V' + G V - rowsum(G) O: one accumulator takes both products, and the row sums come along, so that the keys are walked
-once.
+The tangents of a program share the tile of scores and probabilities. With G = P * S' the tangent is
+P V' + G V - rowsum(G) O: one accumulator takes both products and the row sums come along, so that the keys
+are walked once.
 
-A head's width is covered by one tile, or by two (80 = 64 + 16, 160 = 128 + 32): MAIN columns and TAIL more, 0 for none.
-Strides count UNIT entries, so that the compiler knows how many lie in one aligned piece of memory.
+A head's width is covered by one tile or by two (80 = 64 + 16, 160 = 128 + 32): MAIN columns and TAIL more, 0
+for none. Strides count UNIT entries: the compiler then knows how many lie in one aligned piece of memory.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from torch import Tensor
 from sharpcore.kernels import tuning
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Probabilities of fp16 are multiplied by 2^BOOST and the sums divided by it: with thousands of keys and tangents of
-# norm one, P * S' would be subnormal.
+# Probabilities of fp16 are multiplied by 2^BOOST and the sums divided by it: with thousands of keys and
+# tangents of norm one, P * S' would be subnormal.
 BOOST = tl.constexpr(6)
 UNBOOST = tl.constexpr(2.0**-6)
 
@@ -77,11 +77,10 @@ def _load(
     EVEN: tl.constexpr,
 ):
     """The tiles of ROWS rows."""
-    main = _piece(pointer, stride, limit, 0, MAIN, WIDTH, ROWS, EVEN)
+    tiles = (_piece(pointer, stride, limit, 0, MAIN, WIDTH, ROWS, EVEN),)
     if TAIL:
-        return main, _piece(pointer, stride, limit, MAIN, TAIL, WIDTH, ROWS, EVEN)
-    else:
-        return (main,)
+        tiles += (_piece(pointer, stride, limit, MAIN, TAIL, WIDTH, ROWS, EVEN),)
+    return tiles
 
 
 @triton.jit
@@ -101,20 +100,28 @@ def _save(pointer, stride, limit, tiles, WIDTH: tl.constexpr, TAIL: tl.constexpr
 
 @triton.jit
 def _zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    main = tl.zeros([ROWS, MAIN], tl.float32)
+    tiles = (tl.zeros([ROWS, MAIN], tl.float32),)
     if TAIL:
-        return main, tl.zeros([ROWS, TAIL], tl.float32)
-    else:
-        return (main,)
+        tiles += (tl.zeros([ROWS, TAIL], tl.float32),)
+    return tiles
 
 
 @triton.jit
 def _scaled(tiles, factor, TAIL: tl.constexpr):
     """Tiles times a factor, or one for each row [rows, 1]."""
+    scaled = (tiles[0] * factor,)
     if TAIL:
-        return tiles[0] * factor, tiles[1] * factor
-    else:
-        return (tiles[0] * factor,)
+        scaled += (tiles[1] * factor,)
+    return scaled
+
+
+@triton.jit
+def _subtracted(tiles, factor, others, TAIL: tl.constexpr):
+    """tiles - factor * others."""
+    left = (tiles[0] - factor * others[0].to(tl.float32),)
+    if TAIL:
+        left += (tiles[1] - factor * others[1].to(tl.float32),)
+    return left
 
 
 @triton.jit
@@ -129,18 +136,17 @@ def _add_scores(scores, a, b, TAIL: tl.constexpr, PRECISION: tl.constexpr):
 @triton.jit
 def _add_weighted(sums, weights, tiles, TAIL: tl.constexpr, PRECISION: tl.constexpr):
     """sums + weights @ tiles."""
-    main = tl.dot(weights, tiles[0], sums[0], input_precision=PRECISION)
+    added = (tl.dot(weights, tiles[0], sums[0], input_precision=PRECISION),)
     if TAIL:
-        return main, tl.dot(weights, tiles[1], sums[1], input_precision=PRECISION)
-    else:
-        return (main,)
+        added += (tl.dot(weights, tiles[1], sums[1], input_precision=PRECISION),)
+    return added
 
 
 @triton.jit
 def _biased(
     products, mask, row_stride, column_stride, rows, columns, length, keys, scale, EVEN_KEYS: tl.constexpr
 ):
-    """scale * products + mask, -inf past the last key; rows and columns broadcast to the shape of the products."""
+    """scale * products + mask, -inf past the last key; rows and columns broadcast to the products' shape."""
     scores = products * scale
     if mask is not None:
         inside = (rows < length) & (columns < keys)
@@ -353,9 +359,9 @@ def tangent_kernel(
                 BLOCK_L,
                 EVEN_ROWS,
             )
-            dq_tiles = dq_tiles + (tiles,)
-        sums = sums + (_zeros(BLOCK_L, VALUE_MAIN, VALUE_TAIL),)
-        row_sums = row_sums + (tl.zeros([BLOCK_L], tl.float32),)
+            dq_tiles += (tiles,)
+        sums += (_zeros(BLOCK_L, VALUE_MAIN, VALUE_TAIL),)
+        row_sums += (tl.zeros([BLOCK_L], tl.float32),)
     if mask is not None:
         mask = _at(mask, mask_strides, b, h, row, 1)
     key = row * 0
@@ -438,8 +444,8 @@ def tangent_kernel(
                     EVEN_KEYS,
                 )
                 sum_i = _add_weighted(sum_i, weights, dv_tiles, VALUE_TAIL, PRECISION)
-            new_sums = new_sums + (sum_i,)
-            new_row_sums = new_row_sums + (row_sum,)
+            new_sums += (sum_i,)
+            new_row_sums += (row_sum,)
         sums = new_sums
         row_sums = new_row_sums
         key += BLOCK_S
@@ -456,13 +462,7 @@ def tangent_kernel(
     for i in tl.static_range(VECTORS):
         tiles = sums[i]
         if (dq is not None) or (dk is not None):
-            if VALUE_TAIL:
-                tiles = (
-                    tiles[0] - row_sums[i][:, None] * o_tiles[0].to(tl.float32),
-                    tiles[1] - row_sums[i][:, None] * o_tiles[1].to(tl.float32),
-                )
-            else:
-                tiles = (tiles[0] - row_sums[i][:, None] * o_tiles[0].to(tl.float32),)
+            tiles = _subtracted(tiles, row_sums[i][:, None], o_tiles, VALUE_TAIL)
         if BOOSTED:
             tiles = _scaled(tiles, UNBOOST, VALUE_TAIL)
         vector = (first + i).to(tl.int64)
@@ -592,10 +592,10 @@ def adjoint_queries_kernel(
             BLOCK_L,
             EVEN_ROWS,
         )
-        cotangent_tiles = cotangent_tiles + (tiles,)
+        cotangent_tiles += (tiles,)
         places = _vector_at(along, along_strides, vector, b, h, row, 1) + rows * along_strides[3]
-        row_along = row_along + (tl.load(places, mask=rows < left, other=0.0),)
-        sums = sums + (_zeros(BLOCK_L, MAIN, TAIL),)
+        row_along += (tl.load(places, mask=rows < left, other=0.0),)
+        sums += (_zeros(BLOCK_L, MAIN, TAIL),)
     if mask is not None:
         mask = _at(mask, mask_strides, b, h, row, 1)
     key = row * 0
@@ -642,7 +642,7 @@ def adjoint_queries_kernel(
             moved = tl.zeros([BLOCK_L, BLOCK_S], tl.float32)
             moved = _add_scores(moved, cotangent_tiles[i], v_tiles, VALUE_TAIL, PRECISION)
             weights = (p * (moved - row_along[i][:, None])).to(k.dtype.element_ty)
-            new_sums = new_sums + (_add_weighted(sums[i], weights, k_tiles, TAIL, PRECISION),)
+            new_sums += (_add_weighted(sums[i], weights, k_tiles, TAIL, PRECISION),)
         sums = new_sums
         key += BLOCK_S
     for i in tl.static_range(VECTORS):
@@ -694,8 +694,8 @@ def adjoint_keys_kernel(
     VALUE_MAIN: tl.constexpr,
     VALUE_TAIL: tl.constexpr,
 ):
-    """grad_k [K, B, H, S, E] and grad_v [K, B, H, S, Ev], None where not needed; a program makes BLOCK_S rows of a
-    head, for VECTORS cotangents, from transposed tiles of scores."""
+    """grad_k [K, B, H, S, E] and grad_v [K, B, H, S, Ev], None where not needed; a program makes BLOCK_S rows
+    of a head, for VECTORS cotangents, from transposed tiles of scores."""
     EVEN_ROWS: tl.constexpr = LENGTH_UNIT % BLOCK_L == 0
     EVEN_KEYS: tl.constexpr = KEYS_UNIT % BLOCK_S == 0
     BOOSTED: tl.constexpr = q.dtype.element_ty == tl.float16
@@ -719,11 +719,11 @@ def adjoint_keys_kernel(
         )
     k_sums = ()
     v_sums = ()
-    for i in tl.static_range(VECTORS):
+    for _ in tl.static_range(VECTORS):
         if grad_k is not None:
-            k_sums = k_sums + (_zeros(BLOCK_S, MAIN, TAIL),)
+            k_sums += (_zeros(BLOCK_S, MAIN, TAIL),)
         if grad_v is not None:
-            v_sums = v_sums + (_zeros(BLOCK_S, VALUE_MAIN, VALUE_TAIL),)
+            v_sums += (_zeros(BLOCK_S, VALUE_MAIN, VALUE_TAIL),)
     if mask is not None:
         mask = _at(mask, mask_strides, b, h, 0, 1) + key * mask_strides[3]
     row = key * 0
@@ -773,14 +773,14 @@ def adjoint_keys_kernel(
                 EVEN_ROWS,
             )
             if grad_v is not None:
-                new_v_sums = new_v_sums + (_add_weighted(v_sums[i], weights, tiles, VALUE_TAIL, PRECISION),)
+                new_v_sums += (_add_weighted(v_sums[i], weights, tiles, VALUE_TAIL, PRECISION),)
             if grad_k is not None:
                 places = _vector_at(along, along_strides, vector, b, h, row, 1) + rows * along_strides[3]
                 row_along = tl.load(places, mask=rows < left, other=0.0)
                 moved = tl.zeros([BLOCK_S, BLOCK_L], tl.float32)
                 moved = _add_scores(moved, v_tiles, tiles, VALUE_TAIL, PRECISION)
                 moved_weights = (p * (moved - row_along[None, :])).to(q.dtype.element_ty)
-                new_k_sums = new_k_sums + (_add_weighted(k_sums[i], moved_weights, q_tiles, TAIL, PRECISION),)
+                new_k_sums += (_add_weighted(k_sums[i], moved_weights, q_tiles, TAIL, PRECISION),)
         k_sums = new_k_sums
         v_sums = new_v_sums
         row += BLOCK_L
@@ -825,6 +825,24 @@ def _configuration(
     return triton.Config(constants, num_warps=warps, num_stages=stages)
 
 
+def forward_configurations(widths: tuple[int, int], size: int) -> list[triton.Config]:
+    return [_configuration(widths, 64 if size == 2 else 32, 64 if size == 2 else 32)]
+
+
+def tangent_configurations(widths: tuple[int, int], size: int, count: int) -> list[triton.Config]:
+    block = 64 if size == 2 else 32
+    return [_configuration(widths, block, block, vectors=min(2, count))]
+
+
+def along_configurations(width: int) -> list[triton.Config]:
+    main, tail = pieces(width)
+    return [triton.Config({"BLOCK_L": 32, "VALUE_MAIN": main, "VALUE_TAIL": tail}, num_warps=4)]
+
+
+adjoint_queries_configurations = tangent_configurations
+adjoint_keys_configurations = tangent_configurations
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -838,11 +856,17 @@ def attention_forward(
 ) -> None:
     """Write o [B, H, L, Ev] and lse [B, H, L] of q [B, H, L, E], k [B, H, S, E], v [B, H, S, Ev].
 
-    The entries of a row are adjacent, but for lse and mask [B, H, L, S]. `precision` of float32 products: "ieee" or
-    "tf32".
+    The entries of a row are adjacent, but for lse and mask [B, H, L, S]. `precision` of float32 products:
+    "ieee" or "tf32".
     """
     arguments = _arguments({"q": q, "k": k, "v": v, "o": o}, {"lse": lse, "mask": mask}, scale, precision)
-    _launch(forward_kernel, arguments, forward_configurations(q, v), "BLOCK_L", q.shape[2])
+    _launch(
+        forward_kernel,
+        arguments,
+        forward_configurations((q.shape[3], v.shape[3]), q.element_size()),
+        "BLOCK_L",
+        q.shape[2],
+    )
 
 
 def attention_tangent(
@@ -863,7 +887,7 @@ def attention_tangent(
     """Write result [K, B, H, L, Ev] of the tangents, [K, ...] of each operand of `attention_forward`."""
     operands = {"q": q, "k": k, "v": v, "o": o, "dq": dq, "dk": dk, "dv": dv, "result": result}
     arguments = _arguments(operands, {"lse": lse, "mask": mask}, scale, precision, result.shape[0])
-    configurations = tangent_configurations(q, v, result.shape[0])
+    configurations = tangent_configurations((q.shape[3], v.shape[3]), q.element_size(), result.shape[0])
     _launch(tangent_kernel, arguments, configurations, "BLOCK_L", q.shape[2])
 
 
@@ -882,9 +906,9 @@ def attention_adjoint(
     scale: float,
     precision: str,
 ) -> None:
-    """Write those of grad_q [K, B, H, L, E], grad_k [K, B, H, S, E], grad_v [K, B, H, S, Ev] that are given, of
+    """Write what is given of grad_q [K, B, H, L, E], grad_k [K, B, H, S, E], grad_v [K, B, H, S, Ev], from
     cotangent [K, B, H, L, Ev]; the rest as in `attention_forward`."""
-    count = cotangent.shape[0]
+    count, widths = cotangent.shape[0], (q.shape[3], v.shape[3])
     moving = grad_q is not None or grad_k is not None
     along = torch.empty(cotangent.shape[:-1], dtype=torch.float32, device=q.device) if moving else None
     operands = {"q": q, "k": k, "v": v, "o": o, "cotangent": cotangent}
@@ -892,12 +916,12 @@ def attention_adjoint(
     others = {"lse": lse, "mask": mask, "along": along}
     arguments = _arguments(operands, others, scale, precision, count)
     if moving:
-        _launch(along_kernel, arguments, along_configurations(q, v), "BLOCK_L", q.shape[2])
+        _launch(along_kernel, arguments, along_configurations(v.shape[3]), "BLOCK_L", q.shape[2])
     if grad_q is not None:
-        configurations = adjoint_queries_configurations(q, v, count)
+        configurations = adjoint_queries_configurations(widths, q.element_size(), count)
         _launch(adjoint_queries_kernel, arguments, configurations, "BLOCK_L", q.shape[2])
     if grad_k is not None or grad_v is not None:
-        configurations = adjoint_keys_configurations(q, v, count)
+        configurations = adjoint_keys_configurations(widths, q.element_size(), count)
         _launch(adjoint_keys_kernel, arguments, configurations, "BLOCK_S", k.shape[2])
 
 
@@ -917,10 +941,10 @@ def _arguments(
     unit = _unit(given)
     arguments: dict[str, Any] = {}
     for name, tensor in operands.items():
-        strides = (0,) if tensor is None else _strides(tensor)[:-1]
+        strides = (0,) * 4 if tensor is None else _strides(tensor)[:-1]
         arguments |= {name: tensor, f"{name}_strides": tuple(stride // unit for stride in strides)}
     for name, tensor in others.items():
-        arguments |= {name: tensor, f"{name}_strides": (0,) if tensor is None else _strides(tensor)}
+        arguments |= {name: tensor, f"{name}_strides": (0,) * 4 if tensor is None else _strides(tensor)}
     return arguments | {
         "count": count,
         "heads": q.shape[1],

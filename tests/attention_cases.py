@@ -180,7 +180,7 @@ def check(case: Case, floor: float = 0.0, backend: Any = "cpu") -> None:
 
 
 def check_half(case: Case, floor: float = 0.0, backend: Any = "cpu") -> None:
-    """Forward, tangent and transpose in 16 bits against float64, judged by plain PyTorch in the same dtype."""
+    """Forward, tangent and transpose in 16 bits against float64, judged by plain PyTorch in that dtype."""
     floor = floor or _HALF_FLOORS[case.dtype]
     exact = case.as_float64()
     o, lse = case.forward(backend)

@@ -24,7 +24,7 @@ needs_triton = pytest.mark.skipif(
 
 
 def _mend_bfloat16() -> None:
-    """bfloat16 as GPUs have it: Triton's interpreter truncates where they round, and multiplies matrices of bits."""
+    """bfloat16 as GPUs have it: Triton's interpreter truncates where they round, and multiplies bits."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""The Triton kernels of attention: in the interpreter against float64, and compiled for GPUs that are not there."""
+"""Triton kernels of attention: in the interpreter against float64, and compiled without a GPU."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from sharpcore.testing.tolerance import relative_error
 pytestmark = needs_triton
 
 HALVES = [torch.bfloat16, torch.float16]
-# Rows, keys, head size, width of the values, tangents: odd ones, one piece and two, the last block whole and not.
+# Rows, keys, head size, width of the values, tangents: one piece and two, the last block whole and not.
 SIZES = [
     (1, 7, 40, 40, 1),
     (7, 1, 8, 24, 2),
@@ -264,9 +264,9 @@ def test_nan_goes_on(name: str, kernels: Any) -> None:
 
 def test_what_the_kernels_cannot_do_is_left_to_the_reference(kernels: Any) -> None:
     double = make(9, 20, 8, 8, 2)
-    assert torch.equal(double.tangent(kernels), double.tangent("reference"))
+    assert relative_error(double.tangent(kernels), double.tangent("reference")) < 1e-14
     wide = make(3, 5, 300, 8, 1, dtype=torch.float32)
-    assert torch.equal(wide.tangent(kernels), wide.tangent("reference"))
+    assert relative_error(wide.tangent(kernels), wide.as_float64().tangent("reference")) < 1e-5
     recorded = make(9, 20, 8, 8, 2, dtype=torch.float32)
     recorded.tensors["dq"].requires_grad_()
     assert recorded.tangent(kernels).requires_grad

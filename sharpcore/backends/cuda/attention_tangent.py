@@ -40,8 +40,8 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """As its namesake in sharpcore.backends.reference; [B, L, H, Ev] of the output is contiguous.
 
-    `out` is written without a copy where the entries of its rows are adjacent. `tf32`: float32 products on tensor
-    cores, with operands rounded to 11 bits.
+    `out` is written without a copy where the entries of its rows are adjacent. `tf32`: float32 products on
+    tensor cores, with operands rounded to 11 bits.
     """
     given = () if out is None else out
     if not _takes([q, k, v, *given[:1]], [*given[1:]], mask):
@@ -82,7 +82,8 @@ def attention_tangent(
 ) -> Tensor:
     """As its namesake in sharpcore.backends.reference; [K, B, L, H, Ev] of the result is contiguous.
 
-    `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in `attention_forward`.
+    `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
+    attention_forward.
     """
     tangents = (dq, dk, dv)
     lse = _statistics(lse, q.dtype)
@@ -124,7 +125,7 @@ def attention_adjoint(
     """As its namesake in sharpcore.backends.reference; the results lie in memory as attention_tangent's.
 
     Each of `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
-    `attention_forward`.
+    attention_forward.
     """
     targets = attention_targets(needed, out)
     lse = _statistics(lse, q.dtype)
