@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import ACTIVE, Case, banded_mask, check_half
 from kernel_checks import available_isas
-from test_attention_tangent import ACTIVE, Case, banded_mask, judge, plain_attention
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
@@ -31,60 +31,11 @@ SIZES = [
     (144, 77, 8, 17),
     (77, 7, 111, 3),
 ]
-# The last rounding, 2^-9 at most, is all that plain PyTorch errs by in some small cases.
-FLOOR = 4e-3
 needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 
 
 def half_case(*sizes: int, **options: Any) -> Case:
     return Case(*sizes[:3], count=sizes[3], **{"batch": 1, "dtype": torch.bfloat16, **options})
-
-
-def plain_tangent(case: Case) -> Tensor:
-    """Forward mode of mathematical attention, each operation in the dtype of the case."""
-    tangents = [
-        torch.zeros(case.count, *primal.shape, dtype=primal.dtype) if tangent is None else tangent
-        for primal, tangent in zip(case.qkv, (case.tensors[n] for n in ("dq", "dk", "dv")), strict=True)
-    ]
-
-    def attention(*qkv: Tensor) -> Tensor:
-        return plain_attention(*qkv, case.mask_as(), case.scale)
-
-    each = [torch.func.jvp(attention, case.qkv, tuple(t[i] for t in tangents))[1] for i in range(case.count)]
-    return torch.stack(each)
-
-
-def plain_adjoint(case: Case, cotangent: Tensor) -> list[Tensor]:
-    def attention(*qkv: Tensor) -> Tensor:
-        return plain_attention(*qkv, case.mask_as(), case.scale)
-
-    pull = torch.func.vjp(attention, *case.qkv)[1]
-    return [torch.stack(grads) for grads in zip(*map(pull, cotangent), strict=True)]
-
-
-def check_half(case: Case, floor: float = FLOOR) -> None:
-    """Forward, tangent and transpose in bfloat16 against float64, judged by plain PyTorch in bfloat16."""
-    exact = case.as_float64()
-    o, lse = case.forward("cpu")
-    assert (o.dtype, lse.dtype) == (torch.bfloat16, torch.float32)
-    plain = plain_attention(*case.qkv, case.mask_as(), case.scale)
-    judge(o, plain, exact.tensors["out"], floor)
-    # Products of bfloat16 are exact in float32: only their sums are rounded.
-    judge(lse, lse.double(), exact.tensors["lse"], 2e-6)
-    assert float((lse - exact.tensors["lse"]).abs().max()) < 1e-5 * (
-        1 + float(exact.tensors["lse"].abs().max())
-    )
-    # Measured over SIZES: tangents 0.34 to 0.93 of plain PyTorch's error; transposes at most 0.99 of it where
-    # they exceed FLOOR.
-    judge(case.tangent("cpu"), plain_tangent(case), exact.tangent("reference"), floor)
-    cotangent = case.cotangent()
-    truths = exact.adjoint("reference", cotangent.double())
-    grads = case.adjoint("cpu", cotangent)
-    for truth, ours, usual in zip(truths, grads, plain_adjoint(case, cotangent), strict=True):
-        assert (truth is None) == (ours is None)
-        if truth is not None and ours is not None:
-            assert ours.dtype == torch.bfloat16
-            judge(ours, usual, truth, floor)
 
 
 @needs_extension
@@ -149,7 +100,7 @@ def test_heads_without_entries_average_the_values(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("gain", [1e-38, 1e-22, 30.0])
 def test_bfloat16_of_denormals_and_huge_logits(gain: float) -> None:
     # With gain 30 nearly all of dS cancels: o, which is rounded, leaves more than the product itself.
-    check_half(half_case(33, 40, 16, 2, gain=gain), floor=5e-2 if gain > 1 else FLOOR)
+    check_half(half_case(33, 40, 16, 2, gain=gain), floor=5e-2 if gain > 1 else 0.0)
 
 
 @needs_extension
@@ -298,7 +249,8 @@ def test_out_for_what_is_not_needed_may_be_none() -> None:
 ISA = """
 import sys
 sys.path.insert(0, sys.argv[2])
-from test_attention_storage import ACTIVE, SIZES, check_half, half_case, banded_mask
+from attention_cases import ACTIVE, banded_mask, check_half
+from test_attention_storage import SIZES, half_case
 from sharpcore.backends import cpu
 assert cpu.extension().isa() == sys.argv[1]
 for sizes in SIZES[:4]:
