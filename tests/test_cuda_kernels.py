@@ -242,7 +242,7 @@ def test_steps_equal_those_of_a_decomposition(dimension: int, block: int, dtype:
         krylov.extend(products, operator, tolerance)
         made = []
         for step, state in ((lanczos_step, ours), (lanczos_reference.lanczos_step, theirs)):
-            out = torch.full_like(products, float("nan"))
+            out = torch.full(products.shape, float("nan"), dtype=dtype)
             with poisoned_memory():
                 made.append(
                     step(state, products, share=share, tolerance=tolerance, limit=krylov.limit, out=out)
@@ -261,7 +261,7 @@ def test_steps_equal_those_of_a_decomposition(dimension: int, block: int, dtype:
 def test_products_that_are_not_finite_or_out_of_range_are_named() -> None:
     krylov, operator = make_krylov(23, 2, torch.float64)
     krylov.frozen[:] = torch.tensor([False, False, True, False])
-    products = operator.multiply(krylov.active())
+    products = operator.multiply(krylov.active()).contiguous()
     faulty = products.clone()
     faulty[1, 0, 5], faulty[0, 1], faulty[:, 2, 3] = float("nan"), faulty[0, 1] * 1e141, float("nan")
     common = {"share": 1e-12, "tolerance": 1e-10, "limit": krylov.limit}

@@ -11,23 +11,29 @@ __device__ inline int warp() { return static_cast<int>(threadIdx.x) / kWarp; }
 
 __host__ __device__ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
-// Sums over the lanes of each of `count` values, a power of two of at most kWarp: lane l gets that of the value
-// l / (kWarp / count). Halves of the values change places, so that every lane has work.
-template <int count>
-__device__ inline double sum_lanes(double (&values)[count]) {
-    static_assert(count > 0 && (count & (count - 1)) == 0 && count <= kWarp, "a sum for each lane, or fewer");
-    int step = kWarp / 2;
-#pragma unroll
-    for (int half = count / 2; half > 0; half /= 2, step /= 2) {
+// Lanes half a group apart give each other half of their values and keep the sums; then the halves do the same.
+template <int half, int count>
+__device__ inline void exchange_halves(double (&values)[count]) {
+    if constexpr (half > 0) {
+        constexpr int step = kWarp * half / count;
         const bool upper = (lane() & step) != 0;
 #pragma unroll
         for (int i = 0; i < half; ++i) {
             const double given = upper ? values[i] : values[i + half], kept = upper ? values[i + half] : values[i];
             values[i] = kept + __shfl_xor_sync(kAllLanes, given, step);
         }
+        exchange_halves<half / 2>(values);
     }
+}
+
+// Sums over the lanes of each of `count` values, a power of two of at most kWarp: lane l gets that of the value
+// l / (kWarp / count).
+template <int count>
+__device__ inline double sum_lanes(double (&values)[count]) {
+    static_assert(count > 0 && (count & (count - 1)) == 0 && count <= kWarp, "a sum for each lane, or fewer");
+    exchange_halves<count / 2>(values);
 #pragma unroll
-    for (; step > 0; step /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], step);
+    for (int step = kWarp / (2 * count); step > 0; step /= 2) values[0] += __shfl_xor_sync(kAllLanes, values[0], step);
     return values[0];
 }
 
