@@ -126,7 +126,7 @@ __device__ void record(const Job& job, Index sample, Index n, Index rank, bool e
     if (counts > rank) a.deflated[sample] += counts - rank;
     a.processed[sample] = n;
     a.sizes[sample] = ended ? n : n + rank;
-    if (ended) ++a.breakdowns[sample];
+    if (ended && counts > 0) ++a.breakdowns[sample];
 }
 
 __global__ void __launch_bounds__(kThreads) finish_kernel(Job job) {

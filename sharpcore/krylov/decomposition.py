@@ -11,8 +11,10 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.backends.reference.grow_basis import Growth
-from sharpcore.errors import InvalidInput
+from sharpcore.backends.reference.lanczos_step import NOT_FINITE, LanczosState
+from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.krylov.operator import BatchedOperator, closing_share
+from sharpcore.linearization import unchecked
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,8 @@ class Decomposition:
         self.frozen = torch.zeros(samples, dtype=torch.bool)
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
-        self._grow = get_backend("auto", device=device, dtype=torch.float64).grow_basis
+        self._kernels = get_backend("auto", device=device, dtype=torch.float64)
+        self._grow = self._kernels.grow_basis
 
     def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
         """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
@@ -96,10 +99,7 @@ class Decomposition:
         largest = torch.linalg.vector_norm(products, dim=2, dtype=torch.float64).amax(0).cpu()
         peak = products.abs().amax((0, 2)).cpu()
         if bool(((peak > 0) & ((peak > 1e140) | (peak < 1e-140))).any()):
-            raise InvalidInput(
-                "operator: expected one whose products have entries between 1e-140 and 1e140, as their "
-                f"squares must be float64 numbers; got entries up to {float(peak.max()):.2g}: scale it"
-            )
+            raise InvalidInput(f"{_OUT_OF_RANGE}; got entries up to {float(peak.max()):.2g}")
         self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
 
     def closing(self, operator: BatchedOperator) -> Tensor:
@@ -128,6 +128,43 @@ class Decomposition:
             self.lost[ended] = self.lost[ended].hypot(torch.linalg.vector_norm(coupling, dim=1))
             self.projected[ended] -= coupling
             self.sizes[ended] = self.processed[ended]
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether the device takes steps on its own: see `go_ahead`."""
+        return self._kernels.name == "cuda"
+
+    def go_ahead(self, operator: BatchedOperator, tolerance: float, steps: int) -> None:
+        """Multiply and `extend` so many times without waiting for the device.
+
+        There must be room for what that adds. A sequence that closes meanwhile waits for the end. Raises as
+        the products and `observe` do, once all steps are done.
+        """
+        device, names = self.basis.device, ("projected", "lost", *_STEPPED, "frozen")
+        state = LanczosState(
+            basis=self.basis,
+            **{name: getattr(self, name).to(device) for name in names},
+            faults=torch.zeros(len(self.sizes), dtype=torch.int64, device=device),
+        )
+        block = self.active().to(device, operator.dtype).contiguous()
+        with unchecked():
+            for _ in range(steps):
+                block = self._kernels.lanczos_step(
+                    state,
+                    operator.multiply(block),
+                    share=closing_share(operator.rounding),
+                    tolerance=tolerance,
+                    limit=self.limit,
+                    out=torch.empty_like(block),
+                )
+        faults = state.faults.cpu()
+        if bool((faults == NOT_FINITE).any()):
+            sample = int((faults == NOT_FINITE).nonzero()[0])
+            raise NonFiniteError(f"{operator.name}: NaN or infinity in a product of sample {sample}")
+        if bool(faults.any()):
+            raise InvalidInput(_OUT_OF_RANGE)
+        for name in names:
+            setattr(self, name, getattr(state, name).cpu())
 
     def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
         """Write a growth into the columns processed, processed + 1, ... of `matrix` [B, M, M]: coefficients
@@ -236,6 +273,12 @@ class Decomposition:
             setattr(self, name, state[name])
 
 
+_OUT_OF_RANGE = (
+    "operator: expected one whose products have entries between 1e-140 and 1e140, as their squares must be "
+    "float64 numbers: scale it"
+)
+# What a step changes beside the basis and its projections.
+_STEPPED = ("norm", "sizes", "processed", "multiplied", "deflated", "breakdowns")
 _COUNTERS = (
     "processed",
     "sizes",

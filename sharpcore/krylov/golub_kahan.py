@@ -98,6 +98,11 @@ class _Bidiagonalization(Decomposition):
         self.forward_lost = torch.zeros_like(self.lost)
         self._draw = draw
 
+    @property
+    def goes_ahead(self) -> bool:
+        """A step has two products."""
+        return False
+
     def extend(self, products: Tensor, operator: BatchedOperator, tolerance: float) -> None:
         """Take the products [K, B, d] in, multiply what is new in them with A^T, and take that in."""
         counts = torch.where(self.frozen, 0, self.sizes - self.processed)

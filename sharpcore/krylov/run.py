@@ -31,6 +31,8 @@ _VERIFICATION = 1 / 8
 _LEAST_VERIFICATION = 8
 # How much a basis grows between two looks at its Ritz pairs.
 _GROWTH = 1 / 24
+# The least steps between two looks where the device takes steps on its own, as a look waits for it.
+_STRIDE = 4
 # What a checkpoint holds of a run beside its decomposition.
 _STATE = ("values", "residuals", "vectors", "next_look", "looks", "drawn", "verified", "asymmetry")
 
@@ -117,9 +119,13 @@ class Run(ABC):
             everyone = torch.arange(op.samples)
             krylov.append(self._random(everyone, plan.block), everyone)
         while not bool(krylov.frozen.all()):
-            block = krylov.active()
-            products = op.multiply(block)
-            krylov.extend(products, op, plan.tolerance)
+            steps = self._steps_ahead()
+            if steps > 1:
+                krylov.go_ahead(op, plan.tolerance, steps)
+            else:
+                block = krylov.active()
+                products = op.multiply(block)
+                krylov.extend(products, op, plan.tolerance)
             last = op.products + self.products_a_vector * self._next_width() > plan.max_products
             going = ~krylov.frozen
             if op.calls <= 3 and bool(going.any()):
@@ -132,6 +138,19 @@ class Run(ABC):
                 self._save()
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+
+    def _steps_ahead(self) -> int:
+        """How many steps can go by before anything is decided: 1 where the device does not go ahead."""
+        krylov, op = self.krylov, self.op
+        if not krylov.goes_ahead or op.calls < 3:
+            return 1
+        going = ~krylov.frozen
+        sizes, processed = krylov.sizes[going], krylov.processed[going]
+        width = int((sizes - processed).max())
+        until_look = -(-(self.next_look[going] - processed) // width)
+        room = (krylov.limit - sizes) // width
+        left = (self.plan.max_products - op.products) // (self.products_a_vector * width)
+        return min(int(until_look.min()), int(room.min()), left)
 
     @property
     def verification(self) -> float:
@@ -230,6 +249,8 @@ class Run(ABC):
                 if result is not None:
                     self.keep(i, ritz.of(slice(place, place + 1)), chosen, result)
             grown = max(plan.block, int(_GROWTH * processed))
+            if krylov.goes_ahead:
+                grown = max(grown, _STRIDE * plan.block)
             self.next_look[ritz.samples] = krylov.processed[ritz.samples] + grown
         full = samples[(krylov.full & ~krylov.frozen)[samples]]
         if len(full):

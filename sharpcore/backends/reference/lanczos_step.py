@@ -79,7 +79,8 @@ def lanczos_step(
     floor = closing.minimum(tolerance / 4 * state.norm)
     sizes = torch.where(going, state.sizes, -1)
     growth = grow_basis(state.basis, sizes.cpu(), products, floor=floor.cpu(), limit=limit)
-    ended = torch.linalg.matrix_norm(growth.triangle) <= closing
+    counts = state.sizes - state.processed
+    ended = (torch.linalg.matrix_norm(growth.triangle) <= closing) & (counts > 0)
     out.zero_()
     for i in going.nonzero().flatten().tolist():
         first, n, rank = int(state.processed[i]), int(state.sizes[i]), int(growth.ranks[i])
