@@ -138,6 +138,15 @@ class Curvature:
         return HessianDifference(self.conditional, self.unconditional)
 
     @property
+    def noise_curvature(self) -> float:
+        """The Hessian of pure noise is this times the identity: -1 / sigma^2, or 1 / sigma in eps units.
+
+        What `hessian`, `unconditional_hessian` and `jacobian` are near t = T but for a little: to be given as
+        `shift=` to `sharpcore.krylov.trace`, `diagonal`, `trace_power` and `frobenius`.
+        """
+        return -1 / self.sigma**2 if self.units == "score" else 1 / self.sigma
+
+    @property
     def posterior_covariance(self) -> PosteriorCovariance:
         """Cov[x_0 | x_t = x, prompt]. Raises InvalidInput in eps units."""
         from sharpcore.posterior import PosteriorCovariance

@@ -134,7 +134,7 @@ def spectrum(
         steps: indices into the timesteps of the pipeline's scheduler at `num_inference_steps`.
         seeds: a number n (seeds 42, ..., 42 + n - 1) or a list; seed s draws its latent alone, as in
             `SharpnessScorer`.
-        k: eigenvalues at each end.
+        k: eigenvalues at each end; where there are fewer than 2k, or fewer are found, half of them at each.
         condition: "prompt" for H(x, prompt), "none" for H(x, no prompt) at the same states, "difference" for
             H(x, prompt) - H(x, no prompt).
         method: "dense" multiplies with all d unit vectors (d <= 4096) and is exact; "lanczos" finds the ends
@@ -231,7 +231,11 @@ def iterate_spectra(
             raise InvalidInput(f"{name}: expected a positive number; got {limit!r}")
     how = Numbers(k, method, condition, block, tolerance, max_products, probes, depth, bool(eigenvalues))
     shape = latent_shape(pipe, latent_size)
-    chosen = how.method_for(math.prod(shape))
+    dimension = math.prod(shape)
+    chosen = how.method_for(dimension)
+    least = min(block, dimension)
+    if chosen == "lanczos" and max_products is not None and max_products < least:
+        raise InvalidInput(f"max_products: expected at least those of one block, {least}; got {max_products}")
     settings = {
         "steps": check_steps(steps, len(walk.timesteps)),
         "seeds": check_seeds(seeds),

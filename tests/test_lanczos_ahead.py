@@ -20,7 +20,7 @@ from sharpcore.krylov.solution import Result
 
 
 def play(monkeypatch: pytest.MonkeyPatch, own: Mapping[str, Any]) -> list[int]:
-    """Let solvers take the CPU for a GPU with these kernels; the list tells how many steps went by at a time."""
+    """Let solvers take the CPU for a GPU with these kernels; lists how many steps go by at a time."""
     taken: list[int] = []
     backend = Backend("cuda", {**reference.KERNELS, **own})
     monkeypatch.setattr(decomposition, "get_backend", lambda *_, **__: backend)

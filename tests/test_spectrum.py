@@ -281,6 +281,7 @@ def test_rows_come_prompt_by_prompt(sd2_pipe, work):
         ({"probes": 1}, "probes: expected an integer of at least 2"),
         ({"tolerance": -1e-3}, "tolerance: expected a positive number"),
         ({"max_products": 0}, "max_products: expected a positive integer"),
+        ({"max_products": 3, "method": "lanczos"}, "max_products: expected at least those of one block, 4"),
         ({"time_limit": math.inf}, "time_limit: expected a positive number"),
         ({"on_error": "ignore"}, "on_error: expected 'raise' or 'record'"),
         ({"latent_size": 8}, "latent_size: expected"),
@@ -288,7 +289,7 @@ def test_rows_come_prompt_by_prompt(sd2_pipe, work):
 )
 def test_bad_arguments(sd2_pipe, options, message):
     with pytest.raises(InvalidInput, match=message):
-        spectrum(sd2_pipe, PROMPTS, **SMALL | options)
+        iterate_spectra(sd2_pipe, PROMPTS, **SMALL | options)  # before the first row is asked for
     with pytest.raises(InvalidInput, match="prompts: expected a list of strings; got str"):
         spectrum(sd2_pipe, "a prompt", **SMALL)
 

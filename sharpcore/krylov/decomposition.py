@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,6 +49,9 @@ class Decomposition:
     what a restart leaves out). All columns are kept, not three blocks: H then tells how symmetric the
     operator is, and residuals are those of the products as they were computed.
     """
+
+    #: What has a place for every row of the bases, [B, M, ...].
+    of_rows: ClassVar[tuple[str, ...]] = ("basis", "projected", "lost")
 
     def __init__(self, samples: int, dimension: int, rows: int, block: int, device: torch.device) -> None:
         self.block, self.limit = block, min(rows, dimension)
@@ -143,7 +146,7 @@ class Decomposition:
         device, names = self.basis.device, ("projected", "lost", *_STEPPED, "frozen")
         state = LanczosState(
             basis=self.basis,
-            **{name: getattr(self, name).to(device) for name in names},
+            **{name: getattr(self, name).to(device, copy=True) for name in names},
             faults=torch.zeros(len(self.sizes), dtype=torch.int64, device=device),
         )
         block = self.active().to(device, operator.dtype).contiguous()
@@ -254,21 +257,18 @@ class Decomposition:
         self.restarts += 1
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on; see `load_state`."""
+        """All that a later process needs to go on, on the CPU; see `load_state`."""
         rows = int(self.sizes.max())
-        return {
-            "basis": self.basis[:, :rows].clone(),
-            "projected": self.projected[:, :rows, :rows].clone(),
-            "lost": self.lost[:, :rows].clone(),
-            **{name: getattr(self, name) for name in _COUNTERS},
+        # One sample after the other, as this may be called when a device's memory is used up.
+        parts = {
+            name: torch.stack([each.cpu() for each in getattr(self, name)[:, :rows]]) for name in self.of_rows
         }
+        return parts | {name: getattr(self, name) for name in _COUNTERS}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
-        rows = state["basis"].shape[1]
-        self.basis[:, :rows] = state["basis"]
-        self.projected[:, :rows, :rows] = state["projected"]
-        self.lost[:, :rows] = state["lost"]
+        for name in self.of_rows:
+            getattr(self, name)[:, : state[name].shape[1]] = state[name]
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
@@ -286,6 +286,7 @@ _COUNTERS = (
     "sequences",
     "breakdowns",
     "deflated",
+    "multiplied",
     "frozen",
     "norm",
     "restarts",
