@@ -112,12 +112,10 @@ def test_triton_group_norm_silu(
     tangents = draw(count, 2, channels, side, side, dtype=dtype, last=last)
     x = draw(1, 2, channels, side, side, dtype=dtype, last=last)[0]
     weight, bias = draw(2, channels, dtype=dtype)
-    y, mean, rstd = group_norm_silu_forward(x, weight, bias, GROUPS, 1e-5, True)
+    _, mean, rstd = group_norm_silu_forward(x, weight, bias, GROUPS, 1e-5, True)
     out = torch.empty_like(tangents)
     arguments = (tangents, x, mean, rstd, weight, bias)
     double = [t.double() for t in arguments]
-    forward = torch.empty_like(y)
-    # The primal moves less: its bytes are counted as if it were one tangent.
     runs: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
         "tangent": (
             lambda: group_norm_silu_tangent(*arguments, GROUPS, True, out=out),
@@ -128,13 +126,26 @@ def test_triton_group_norm_silu(
             reference.group_norm_silu_adjoint(*double, GROUPS, True),
         ),
         "reference": (lambda: reference.group_norm_silu_tangent(*arguments, GROUPS, True), None),
-        "primal": (
-            lambda: group_norm_silu_forward(x, weight, bias, GROUPS, 1e-5, True, out=forward)[0],
-            None,
-        ),
-        "primal, PyTorch": (lambda: F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-5)), None),
     }
     compare(table, benchmark, nbytes(tangents, x, out), runs)
+
+
+@each_layer
+@each_dtype
+@each_layout
+def test_triton_group_norm_silu_forward(
+    table: Any, benchmark: Any, channels: int, side: int, dtype: torch.dtype, last: bool
+) -> None:
+    x = draw(1, 2, channels, side, side, dtype=dtype, last=last)[0]
+    weight, bias = draw(2, channels, dtype=dtype)
+    out = torch.empty_like(x)
+    doubles = (x.double(), weight.double(), bias.double())
+    exact = reference.group_norm_silu_forward(*doubles, GROUPS, 1e-5, True)[0]
+    runs: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
+        "kernel": (lambda: group_norm_silu_forward(x, weight, bias, GROUPS, 1e-5, True, out=out)[0], exact),
+        "PyTorch": (lambda: F.silu(F.group_norm(x, GROUPS, weight, bias, 1e-5)), exact),
+    }
+    compare(table, benchmark, nbytes(x, out), runs)
 
 
 @each_count
@@ -172,7 +183,7 @@ def test_triton_layer_norm(
 def test_triton_geglu(table: Any, benchmark: Any, count: int, dtype: torch.dtype) -> None:
     tokens, columns = 2 * 4096, 1280
     projection = draw(tokens, 2 * columns, dtype=dtype)
-    value, factors = geglu_forward(projection, "none")
+    factors = geglu_forward(projection, "none")[1]
     tangents, cotangents = (draw(count, tokens, n * columns, dtype=dtype) for n in (2, 1))
     wide, narrow = torch.empty_like(tangents), torch.empty_like(cotangents)
     runs: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
@@ -185,9 +196,20 @@ def test_triton_geglu(table: Any, benchmark: Any, count: int, dtype: torch.dtype
             reference.geglu_adjoint(cotangents.double(), factors.double()),
         ),
         "reference": (lambda: reference.geglu_tangent(tangents, factors), None),
-        "primal with its factors": (lambda: geglu_forward(projection, "none", out=(value, factors))[0], None),
     }
     compare(table, benchmark, nbytes(tangents, factors, narrow), runs)
+
+
+@each_dtype
+def test_triton_geglu_forward(table: Any, benchmark: Any, dtype: torch.dtype) -> None:
+    projection = draw(2 * 4096, 2560, dtype=dtype)
+    value, factors = geglu_forward(projection, "none")
+    exact = reference.geglu_forward(projection.double(), "none")[0]
+    runs: dict[str, tuple[Callable[[], Any], Tensor | None]] = {
+        "kernel": (lambda: geglu_forward(projection, "none", out=(value, factors))[0], exact),
+        "reference": (lambda: reference.geglu_forward(projection, "none")[0], exact),
+    }
+    compare(table, benchmark, nbytes(projection, factors, value), runs)
 
 
 @each_layer

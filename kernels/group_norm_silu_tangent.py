@@ -244,7 +244,7 @@ def group_norm_silu_whole_kernel(
             )
             at_vector = vectors + far(c, vectors_c) + far(p, vectors_p) + to_vector
             given = tl.load(at_vector, mask=mask, other=0, eviction_policy="evict_first")
-            held = held + (given,)  # noqa: RUF005 (a tuple of Triton)
+            held = held + (given,)  # type: ignore[assignment]  # noqa: RUF005 (a tuple of Triton)
             term = _term(given, scale, ADJOINT)
             first += term
             second += xhat * term

@@ -227,8 +227,8 @@ def test_adjoint_is_the_transpose(
     pushed = tangent(*arguments, *options).double()
     pulled = adjoint(covectors, *arguments[1:], *options).double()
     pairing = (covectors * pushed).flatten(1).sum(1), (pulled * vectors).flatten(1).sum(1)
-    # Worst measured: 2e-8.
-    bound = 1e-6 * covectors.norm() * pushed.norm()
+    # Worst measured: 2e-9.
+    bound = 1e-7 * covectors.norm() * pushed.norm()
     assert (pairing[0] - pairing[1]).abs().max() <= bound
 
 
@@ -254,11 +254,13 @@ def test_forward(shape: Shape, last: bool, regime: str, small_tiles: Callable[[s
     else:
         with poisoned_memory():
             results = group_norm_silu_forward(*given)
+    # What a mean that is rounded once moves each element by.
+    rounding = 2**-24 * float((exact[1].abs() * exact[2]).max()) * x.numel() ** 0.5
     for result, other, wanted in zip(results, plain, exact, strict=True):
         assert result.dtype == torch.float32
         assert result.shape == wanted.shape
-        bound = max(2 * float((other - wanted).norm()), 2e-7 * float(wanted.norm()))
         if shape.group_size > 2:
+            bound = max(2 * float((other - wanted).norm()), 2e-7 * float(wanted.norm()) + rounding)
             assert (result.cpu() - wanted).norm() <= bound
     torch.testing.assert_close(results[1].cpu().double(), exact[1], rtol=1e-6, atol=1e-6)
 

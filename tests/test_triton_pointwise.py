@@ -53,7 +53,7 @@ def nan_like(tensor: Tensor, dim: int) -> Tensor:
 
 # Leading axes, and half the width.
 GEGLU_SHAPES = (((), 1), ((7,), 33), ((2, 33), 77), ((2, 3, 5), 20), ((1,), 2300))
-FLOOR = {torch.float32: 1e-7, torch.bfloat16: 2**-9, torch.float16: 2**-12}
+FLOOR = {torch.float32: 2**-22, torch.bfloat16: 2**-9, torch.float16: 2**-12}
 
 
 @pytest.mark.parametrize("kernel", [geglu_tangent, geglu_adjoint])
@@ -126,8 +126,8 @@ def test_geglu_adjoint_is_the_transpose() -> None:
     factors, tangents, cotangents = draw(2, 7, 66), draw(3, 2, 7, 66), draw(3, 2, 7, 33)
     pushed, pulled = geglu_tangent(tangents, factors), geglu_adjoint(cotangents, factors)
     left, right = (cotangents * pushed).double().sum(), (pulled * tangents).double().sum()
-    # Measured: 3e-8.
-    assert abs(left - right) <= 1e-6 * cotangents.norm() * pushed.norm()
+    # Measured: 3e-9.
+    assert abs(left - right) <= 1e-7 * cotangents.norm() * pushed.norm()
 
 
 def test_geglu_refuses_and_leaves() -> None:
@@ -266,8 +266,8 @@ def test_upsample_adjoint_is_the_transpose() -> None:
     pushed = upsample_nearest_tangent(tangents, (2, 3))
     pulled = upsample_nearest_adjoint(cotangents, (2, 3))
     left, right = (cotangents * pushed).double().sum(), (pulled * tangents).double().sum()
-    # Measured: 3e-8.
-    assert abs(left - right) <= 1e-6 * cotangents.norm() * pushed.norm()
+    # Measured: 1e-9.
+    assert abs(left - right) <= 1e-7 * cotangents.norm() * pushed.norm()
 
 
 def test_upsample_refuses_and_leaves() -> None:
