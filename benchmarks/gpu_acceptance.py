@@ -54,9 +54,8 @@ def build(state: Acceptance) -> None:
 
     rows = [row for row in support_table() if row.backend == "cuda"]
     reasons = {f"{row.kernel}: {row.reason}" for row in rows if not row.available}
-    state.check(
-        "every kernel of the cuda backend is there", state.dry or not reasons, "; ".join(reasons) or "yes"
-    )
+    if not state.dry:
+        state.check("every kernel of the cuda backend is there", not reasons, "; ".join(reasons) or "yes")
 
 
 def steps() -> list[Step]:
@@ -120,7 +119,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the CSV (benchmarks/results)")
     asked = parser.parse_args(arguments)
     if asked.dry_run:
-        os.environ.update(TRITON_INTERPRET="1", SHARPCORE_AUTOTUNE="0")
+        os.environ["SHARPCORE_AUTOTUNE"] = "0"
+        import interpreted  # noqa: F401  # switches Triton's interpreter on
     import torch
 
     if not asked.dry_run and not torch.cuda.is_available():
