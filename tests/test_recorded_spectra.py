@@ -33,7 +33,7 @@ def test_recorded_spectrum_at_a_recorded_state(recorded):
     values = torch.linalg.eigvalsh((jacobian + jacobian.mT) / 2)
     expected = torch.from_numpy(SPECTRA[f"{key}_eig"])
     frobenius = float(SPECTRA[f"{key}_fro"])
-    # Measured 3e-9 of the largest: the float32 text embeddings were made on another machine.
+    # Measured 5e-9 of the largest: the float32 text embeddings were made on another machine.
     assert float((values - expected).abs().max()) < 1e-6 * float(expected.abs().max())
     assert float(jacobian.trace()) == pytest.approx(float(SPECTRA[f"{key}_trace"]), rel=1e-6)
     assert float(jacobian.norm()) == pytest.approx(frobenius, rel=1e-6)
@@ -65,10 +65,10 @@ def test_products_beside_other_solvers(recorded, solve: Callable[..., Any]):
     solution = block_lanczos(hessian, 10, tolerance=1e-6)
     assert solution.result is Result.converged
     values, vectors = solution.values[0], solution.vectors[0]
-    # Rounding of the products is seen in the residuals; what is left of it here is 1e-8.
-    assert float((vectors @ exact - values[:, None] * vectors).norm(dim=1).max()) <= 1.05e-6 * norm
+    # Measured 2.4e-7, 1.5e-7 of it rounding of the products.
+    assert float((vectors @ exact - values[:, None] * vectors).norm(dim=1).max()) <= 1e-6 * norm
     start, fewest = np.random.default_rng(0).standard_normal(1024), float("inf")
-    for tolerance in (1e-4, 1e-5, 1e-6, 1e-7):
+    for tolerance in (1e-3, 3e-4, 1e-4, 1e-5, 1e-6, 1e-7):
         count = 0
 
         def multiply(columns: np.ndarray) -> np.ndarray:
@@ -83,6 +83,7 @@ def test_products_beside_other_solvers(recorded, solve: Callable[..., Any]):
         if float((exact @ theirs - theirs * found).norm(dim=0).max()) <= 1e-6 * norm:
             fewest = min(fewest, count)
     assert fewest < 1024
+    # Measured 207 and 207; eigsh 199 and 220, PRIMME 629 and 531.
     assert solution.stats.products <= 1.2 * fewest
 
 
