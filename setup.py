@@ -40,9 +40,9 @@ CUDA_SKIPPED = SKIPPED or bool(SANITIZE) or CUDA in ("off", "0")
 
 
 WITHOUT_CPU = (
-    "sharpcore._C was not built ({reason}): sharpcore will use its PyTorch reference kernels. Install a C++17 "
-    "compiler and try again; SHARPCORE_REQUIRE_EXTENSION=1 makes this an error, SHARPCORE_NO_EXTENSION=1 "
-    "skips the build."
+    "sharpcore._C was not built ({reason}): sharpcore will use its PyTorch reference kernels. Install a "
+    "C++17 compiler and try again; SHARPCORE_REQUIRE_EXTENSION=1 makes this an error, "
+    "SHARPCORE_NO_EXTENSION=1 skips the build."
 )
 WITHOUT_CUDA = (
     "sharpcore._cuda was not built ({reason}): Krylov bases on a GPU will use PyTorch. Install nvcc of CUDA "
