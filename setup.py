@@ -63,6 +63,7 @@ class CMakeBuild(build_ext):
                     library.parent,
                     *("-DSHARPCORE_CUDA=ON", "-DSHARPCORE_MODULE=OFF"),
                     f"-DCMAKE_CUDA_COMPILER={find_nvcc() or 'nvcc'}",
+                    target="_cuda",
                 )
             else:
                 self._run_cmake(
@@ -78,7 +79,7 @@ class CMakeBuild(build_ext):
             reason = "see CMake's output above" if cmake_failed else error
             self.warn((WITHOUT_CUDA if cuda else WITHOUT_CPU).format(reason=reason))
 
-    def _run_cmake(self, build: Path, output: Path, *options: str) -> None:
+    def _run_cmake(self, build: Path, output: Path, *options: str, target: str = "all") -> None:
         import pybind11
 
         build = build.resolve()
@@ -95,7 +96,7 @@ class CMakeBuild(build_ext):
             *options,
         ]
         subprocess.run(configure, check=True)
-        subprocess.run(["cmake", "--build", str(build)], check=True)
+        subprocess.run(["cmake", "--build", str(build), "--target", target], check=True)
 
 
 def extensions() -> list[Extension]:

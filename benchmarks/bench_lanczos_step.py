@@ -75,7 +75,7 @@ def captured(run: Callable[[], Any]) -> Callable[[], None]:
 
 @pytest.mark.parametrize(
     ("samples", "dimension", "size", "block"),
-    [pytest.param(8, 16384, 64, 8, id="sd"), pytest.param(1, 65536, 256, 4, id="sdxl")],
+    [pytest.param(8, 16384, 64, 8, id="sd"), pytest.param(1, 65536, 256, 4, id="wide")],
 )
 def test_lanczos_step(
     table: Any, benchmark: Any, samples: int, dimension: int, size: int, block: int

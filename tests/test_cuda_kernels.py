@@ -26,7 +26,7 @@ from sharpcore.backends.reference import symmetric_eigen as eigen_reference
 from sharpcore.backends.reference.lanczos_step import NOT_FINITE, OUT_OF_RANGE, LanczosState
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.decomposition import Decomposition
-from sharpcore.krylov.operator import as_batched, closing_share
+from sharpcore.krylov.operator import as_batched, closing_share, precision_defaults
 
 pytestmark = needs_triton
 
@@ -216,7 +216,8 @@ def assert_states_agree(ours: LanczosState, theirs: LanczosState, scale: float) 
     for name, a, b in zip(LanczosState._fields, ours, theirs, strict=True):
         if a.is_floating_point():
             assert torch.equal(a.isnan(), b.isnan()), name
-            unit = 1.0 if name == "basis" else scale
+            # A row that is a remainder of little more than the floor shows rounding so many times magnified.
+            unit = 1e3 if name == "basis" else scale
             assert ((a - b).nan_to_num().abs() <= 1e-11 * unit).all(), (name, (a - b).abs().max())
         else:
             assert torch.equal(a, b), (name, a, b)
@@ -229,7 +230,7 @@ def assert_states_agree(ours: LanczosState, theirs: LanczosState, scale: float) 
 )
 def test_steps_equal_those_of_a_decomposition(dimension: int, block: int, dtype: torch.dtype) -> None:
     krylov, operator = make_krylov(dimension, block, dtype)
-    tolerance, share = 1e-10, closing_share(operator.rounding)
+    tolerance, share = precision_defaults(operator.rounding)[0], closing_share(operator.rounding)
     ours, theirs = make_state(krylov), make_state(krylov)
     scale = float(
         torch.linalg.matrix_norm(operator.multiply(torch.eye(dimension)[:, None].repeat(1, 4, 1))).max()

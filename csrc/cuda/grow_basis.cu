@@ -85,23 +85,23 @@ struct Job {
 
 // Products of `count` rows with the vectors of a tile: sums[row * width + vector], to which those of an earlier slice
 // are kept. A warp takes several rows at a time; each of its lanes has the same sum to itself at every slice.
-template <int width>
+template <int width, int unrolled>
 __device__ void multiply(double* sums, const double* rows, Index stride, Index count,
                          const double (&tile)[width][kSlice], Index size, bool earlier) {
-    constexpr int together = smaller(8, kWarp / width), each = kWarp / (together * width);
+    constexpr int together = smaller(width < 4 ? 8 : 4, kWarp / width), each = kWarp / (together * width);
+#pragma unroll 1
     for (Index first = warp() * together; first < count; first += kWarps * together) {
-        const double* from[together];
-#pragma unroll
-        for (int r = 0; r < together; ++r) from[r] = rows + (first + r < count ? first + r : first) * stride;
+        const double* const from = rows + first * stride;
+        const Index left = count - first;
         double sum[together * width] = {};
-#pragma unroll 2
+#pragma unroll unrolled
         for (int i = lane(); i < kSlice; i += kWarp) {
             double w[width];
 #pragma unroll
             for (int k = 0; k < width; ++k) w[k] = tile[k][i];
 #pragma unroll
             for (int r = 0; r < together; ++r) {
-                const double v = i < size ? from[r][i] : 0;
+                const double v = r < left && i < size ? from[r * stride + i] : 0;
 #pragma unroll
                 for (int k = 0; k < width; ++k) sum[r * width + k] += v * w[k];
             }
@@ -112,12 +112,23 @@ __device__ void multiply(double* sums, const double* rows, Index stride, Index c
     }
 }
 
-// Takes the rows, times coefficients [count, width], off one element of each vector.
-template <int width>
+// Takes the rows, times coefficients [count, width], off one element of each vector; `ahead` rows are fetched at once.
+template <int width, int ahead>
 __device__ void subtract(double (&w)[width], const double* rows, Index stride, Index count,
                          const double* coefficients) {
-#pragma unroll 4
-    for (Index m = 0; m < count; ++m) {
+    Index m = 0;
+#pragma unroll 1
+    for (; m + ahead <= count; m += ahead) {
+        double v[ahead];
+#pragma unroll
+        for (int r = 0; r < ahead; ++r) v[r] = rows[(m + r) * stride];
+#pragma unroll
+        for (int r = 0; r < ahead; ++r)
+#pragma unroll
+            for (int k = 0; k < width; ++k) w[k] -= coefficients[(m + r) * width + k] * v[r];
+    }
+#pragma unroll 1
+    for (; m < count; ++m) {
         const double v = rows[m * stride];
 #pragma unroll
         for (int k = 0; k < width; ++k) w[k] -= coefficients[m * width + k] * v;
@@ -138,6 +149,8 @@ __device__ void solve(double (&w)[width], const double* factor) {
 // The first sweep, and the second: products of the vectors, or of what the first left of them.
 template <int width, bool second>
 __global__ void __launch_bounds__(kThreads, 2) multiply_kernel(Job job) {
+    // As much at once as there are registers for.
+    constexpr int unrolled = second && width == kMostColumns ? 1 : 2;
     __shared__ double tile[width][kSlice];
     const Index sample = blockIdx.y, n = job.rows_of(sample), size = job.a.size;
     if (n < 0) return;
@@ -149,7 +162,7 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_kernel(Job job) {
 #pragma unroll
         for (int k = 0; k < width; ++k) w[k] = job.entry(sample, k, i);
         if (second && i < size) {
-            subtract<width>(w, basis + i, size, n, job.sums[0] + sample * job.columns_of_sums());
+            subtract<width, 4>(w, basis + i, size, n, job.sums[0] + sample * job.columns_of_sums());
             solve<width>(w, job.factor(0, sample));
 #pragma unroll
             for (int k = 0; k < width; ++k) job.vectors[(sample * width + k) * size + i] = w[k];
@@ -158,8 +171,8 @@ __global__ void __launch_bounds__(kThreads, 2) multiply_kernel(Job job) {
         for (int k = 0; k < width; ++k) tile[k][threadIdx.x] = w[k];
         __syncthreads();
         const bool earlier = slice != blockIdx.x;
-        multiply<width>(partial, basis + begin, size, n, tile, size - begin, earlier);
-        multiply<width>(partial + job.a.limit * width, tile[0], kSlice, width, tile, kSlice, earlier);
+        multiply<width, unrolled>(partial, basis + begin, size, n, tile, size - begin, earlier);
+        multiply<width, unrolled>(partial + job.a.limit * width, tile[0], kSlice, width, tile, kSlice, earlier);
         __syncthreads();
     }
 }
@@ -350,7 +363,7 @@ __global__ void __launch_bounds__(kThreads) subtract_kernel(Job job) {
         double w[width];
 #pragma unroll
         for (int k = 0; k < width; ++k) w[k] = vectors[k * size + i];
-        subtract<width>(w, basis + i, size, n, sums);
+        subtract<width, 8>(w, basis + i, size, n, sums);
         solve<width>(w, job.factor(1, sample));
         double* row = basis + n * size + i;
 #pragma unroll
@@ -382,20 +395,20 @@ __device__ void one_pass(const Job& job, Index sample, int column, double* vecto
         const Index i = begin + threadIdx.x;
         tile[0][threadIdx.x] = i < size ? vector[i] : 0;
         __syncthreads();
-        multiply<1>(products, basis + begin, size, end - row, tile, size - begin, begin > 0);
+        multiply<1, 2>(products, basis + begin, size, end - row, tile, size - begin, begin > 0);
         __syncthreads();
     }
     for (Index m = threadIdx.x; m < end - row; m += kThreads) job.coefficient(sample, row + m, column) += products[m];
     for (Index i = threadIdx.x; i < size; i += kThreads) {
         double w[1] = {vector[i]};
-        subtract<1>(w, basis + i, size, end - row, products);
+        subtract<1, 8>(w, basis + i, size, end - row, products);
         vector[i] = w[0];
     }
     __syncthreads();
 }
 
 // One column after another, where that is asked for; and how many rows have come.
-__global__ void __launch_bounds__(kThreads) columns_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, 1) columns_kernel(Job job) {
     const Index sample = blockIdx.x, n = job.rows_of(sample), size = job.a.size;
     const Index mode = n < 0 ? 0 : job.mode[sample];
     Index rank = 0;
@@ -422,8 +435,10 @@ __global__ void __launch_bounds__(kThreads) columns_kernel(Job job) {
             if (threadIdx.x == 0) job.a.dropped[sample * job.a.count + job.first + j] = left;
             continue;
         }
+        // A norm is the root of a number, so its inverse is finite.
+        const double inverse = 1 / left;
         double* const row = job.basis(sample) + (n + rank) * size;
-        for (Index i = threadIdx.x; i < size; i += kThreads) row[i] = vector[i] / left;
+        for (Index i = threadIdx.x; i < size; i += kThreads) row[i] = vector[i] * inverse;
         if (threadIdx.x == 0) job.coefficient(sample, n + rank, j) = left;
         ++rank;
         __syncthreads();

@@ -102,10 +102,10 @@ __device__ void record(const Job& job, Index sample, Index n, Index rank, bool e
     const double* const coefficients = job.coefficients + sample * a.rows * a.count;
     const double* const triangle = job.triangle + sample * a.count * a.count;
     double* const projected = a.projected + sample * a.rows * a.rows + first;
-    for (Index item = threadIdx.x; item < a.rows * counts; item += kThreads) {
-        const Index m = item / counts, j = item % counts;
+    for (Index m = warp(); m < a.rows; m += kWarps) {
         const bool fresh = m >= n && m < n + rank && !ended;
-        projected[m * a.rows + j] = fresh ? triangle[(m - n) * a.count + j] : coefficients[m * a.count + j];
+        const double* const from = fresh ? triangle + (m - n) * a.count : coefficients + m * a.count;
+        for (Index j = lane(); j < counts; j += kWarp) projected[m * a.rows + j] = from[j];
     }
     for (Index j = threadIdx.x; j < counts; j += kThreads) {
         double lost = job.dropped[sample * a.count + j];
@@ -129,7 +129,7 @@ __device__ void record(const Job& job, Index sample, Index n, Index rank, bool e
     if (ended && counts > 0) ++a.breakdowns[sample];
 }
 
-__global__ void __launch_bounds__(kThreads) finish_kernel(Job job) {
+__global__ void __launch_bounds__(kThreads, 1) finish_kernel(Job job) {
     const LanczosStepArguments& a = job.a;
     const Index sample = blockIdx.y, n = job.sizes[sample], rank = n < 0 ? 0 : job.ranks[sample];
     const double* const triangle = job.triangle + sample * a.count * a.count;

@@ -110,12 +110,14 @@ __global__ void __launch_bounds__(kThreads) eigen_kernel(Job job) {
     for (int sweep = 0; sweep < kMostSweeps; ++sweep) {
         double turned = 0;
         for (int round = 0; round + 1 < players; ++round) {
+#pragma unroll 1
             for (int i = threadIdx.x; i < pairs; i += kThreads) {
                 rotations[i] = pair_of(round, i, players, n);
                 if (annihilate(rotations[i], a, n, least)) turned = 1;
             }
             __syncthreads();
             // Blocks (i, k), i <= k, of two pairs: the first and the last row together have pairs + 1, and so on.
+#pragma unroll 1
             for (int item = threadIdx.x; item < (pairs + 1) / 2 * (pairs + 1); item += kThreads) {
                 const int fold = item / (pairs + 1), place = item % (pairs + 1);
                 const bool upper = place < pairs - fold;

@@ -4,10 +4,8 @@
 // SHARPCORE_EMULATED_WARPS warps.
 #pragma once
 
-#include <sched.h>
-
-#include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstddef>
 #include <cstdio>
 #include <cstdlib>
@@ -61,37 +59,42 @@ public:
 
 namespace emulation {
 
-// Where threads wait for each other, all of them at the same place of the program.
+// Where threads wait for each other, all of them at the same place of the program. They sleep, as there are more of
+// them than cores, and other work beside them.
 class Barrier {
 public:
     explicit Barrier(int threads) : threads_(threads) {}
 
     void wait(const char* place) {
-        const unsigned round = round_.load(std::memory_order_acquire);
-        const char* expected = nullptr;
-        if (!place_.compare_exchange_strong(expected, place) && expected != place) {
-            std::fprintf(stderr, "threads of a block meet at different barriers: %s, %s\n", expected, place);
-            std::abort();
+        std::unique_lock<std::mutex> lock(mutex_);
+        if (waiting_ > 0 && place != place_) {
+            std::fprintf(stderr, "threads of a block meet at different barriers: %s, %s\n", place_, place);
+            std::_Exit(1);
         }
-        if (waiting_.fetch_add(1, std::memory_order_acq_rel) + 1 == threads_) {
-            waiting_.store(0, std::memory_order_relaxed);
-            place_.store(nullptr, std::memory_order_relaxed);
-            round_.fetch_add(1, std::memory_order_release);
+        place_ = place;
+        const unsigned round = round_;
+        if (++waiting_ == threads_) {
+            waiting_ = 0;
+            ++round_;
+            lock.unlock();
+            met_.notify_all();
         } else {
-            while (round_.load(std::memory_order_acquire) == round) sched_yield();
+            met_.wait(lock, [&] { return round_ != round; });
         }
     }
 
 private:
     const int threads_;
-    std::atomic<int> waiting_{0};
-    std::atomic<unsigned> round_{0};
-    std::atomic<const char*> place_{nullptr};
+    std::mutex mutex_;
+    std::condition_variable met_;
+    int waiting_ = 0;
+    unsigned round_ = 0;
+    const char* place_ = nullptr;
 };
 
 struct Warp {
     Barrier barrier{kWarp};
-    unsigned char slots[kWarp][8];
+    unsigned char slots[2][kWarp][8];
 };
 
 // What the threads of the block that runs have in common.
@@ -115,11 +118,13 @@ T* dynamic_shared() {
 template <class T>
 T exchange(T value, int from) {
     static_assert(sizeof(T) <= 8, "what registers hold");
+    // Every other time the same slots: whoever fills them again has met all that read them.
+    static thread_local int turn = 0;
+    turn = 1 - turn;
     Warp& warp = block->warps[threadIdx.x / kWarp];
-    std::memcpy(warp.slots[threadIdx.x % kWarp], &value, sizeof(T));
+    std::memcpy(warp.slots[turn][threadIdx.x % kWarp], &value, sizeof(T));
     warp.barrier.wait(kShuffle);
-    std::memcpy(&value, warp.slots[from], sizeof(T));
-    warp.barrier.wait(kShuffle);
+    std::memcpy(&value, warp.slots[turn][from], sizeof(T));
     return value;
 }
 
