@@ -19,9 +19,9 @@ WHOLE = 65536
 # Bytes of vectors between the two looks at larger groups: half of what the caches of large GPUs keep.
 CACHED = 16 * 2**20
 HELD_WARPS = 16
-# Bytes of its vector that a thread of 16 warps holds in registers without spilling: of a tangent that lies
+# Elements of its vector that a thread of 16 warps holds in registers without spilling: of a tangent that lies
 # channels-first, and otherwise.
-HELD, HELD_ELSE = 160, 96
+HELD, HELD_ELSE = 40, 32
 _KEY = ("channels", "positions", "groups", "vectors_c", "vectors_p", "SILU", "ADJOINT")
 
 
@@ -212,8 +212,7 @@ def group_norm_silu_whole_kernel(
     POSITION_STEPS: tl.constexpr,
     HELD: tl.constexpr,
 ):
-    """All positions of some groups, of one vector; HELD: in registers between the two sweeps. What a program
-    sees is less than 2^31 elements apart."""
+    """All positions of some groups, of one vector; HELD: in registers between the two sweeps."""
     k, block, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     start = block * GROUPS * PER_GROUP
     lane = tl.arange(0, BLOCK_C)
@@ -240,11 +239,11 @@ def group_norm_silu_whole_kernel(
             c, p, exists, mask = tile(
                 step, start, channels, positions, GROUPS * PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS
             )
-            at_x = x + (c * x_c + p * x_p) + to_x
+            at_x = x + far(c, x_c) + far(p, x_p) + to_x
             xhat, scale = _primal(
                 at_x, mask, mean_c, rstd_c, weight, bias, c + lane, exists, SILU, "evict_last"
             )
-            at_vector = vectors + (c * vectors_c + p * vectors_p) + to_vector
+            at_vector = vectors + far(c, vectors_c) + far(p, vectors_p) + to_vector
             given = tl.load(at_vector, mask=mask, other=0, eviction_policy="evict_first")
             held = held + (given,)  # type: ignore[assignment]  # noqa: RUF005 (a tuple of Triton)
             term = _term(given, scale, ADJOINT)
@@ -255,11 +254,11 @@ def group_norm_silu_whole_kernel(
             c, p, exists, mask = tile(
                 step, start, channels, positions, GROUPS * PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS
             )
-            at_x = x + (c * x_c + p * x_p) + to_x
+            at_x = x + far(c, x_c) + far(p, x_p) + to_x
             xhat, scale = _primal(
                 at_x, mask, mean_c, rstd_c, weight, bias, c + lane, exists, SILU, "evict_last"
             )
-            at_vector = vectors + (c * vectors_c + p * vectors_p) + to_vector
+            at_vector = vectors + far(c, vectors_c) + far(p, vectors_p) + to_vector
             term = _term(tl.load(at_vector, mask=mask, other=0), scale, ADJOINT)
             first += term
             second += xhat * term
@@ -273,26 +272,26 @@ def group_norm_silu_whole_kernel(
             c, p, exists, mask = tile(
                 step, start, channels, positions, GROUPS * PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS
             )
-            at_x = x + (c * x_c + p * x_p) + to_x
+            at_x = x + far(c, x_c) + far(p, x_p) + to_x
             xhat, scale = _primal(
                 at_x, mask, mean_c, rstd_c, weight, bias, c + lane, exists, SILU, "evict_first"
             )
             result = _project(held[step], xhat, scale, sum_c, slope_c, ADJOINT)
-            at_out = out + (c * out_c + p * out_p) + to_out
+            at_out = out + far(c, out_c) + far(p, out_p) + to_out
             tl.store(at_out, result.to(out.dtype.element_ty), mask=mask, eviction_policy="evict_first")
     else:
         for step in range(CHANNEL_STEPS * POSITION_STEPS):
             c, p, exists, mask = tile(
                 step, start, channels, positions, GROUPS * PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS
             )
-            at_x = x + (c * x_c + p * x_p) + to_x
+            at_x = x + far(c, x_c) + far(p, x_p) + to_x
             xhat, scale = _primal(
                 at_x, mask, mean_c, rstd_c, weight, bias, c + lane, exists, SILU, "evict_first"
             )
-            at_vector = vectors + (c * vectors_c + p * vectors_p) + to_vector
+            at_vector = vectors + far(c, vectors_c) + far(p, vectors_p) + to_vector
             given = tl.load(at_vector, mask=mask, other=0, eviction_policy="evict_first")
             result = _project(given, xhat, scale, sum_c, slope_c, ADJOINT)
-            at_out = out + (c * out_c + p * out_p) + to_out
+            at_out = out + far(c, out_c) + far(p, out_p) + to_out
             tl.store(at_out, result.to(out.dtype.element_ty), mask=mask, eviction_policy="evict_first")
 
 
@@ -490,13 +489,12 @@ def group_norm_silu(
         **tiles.constants(per_group),
     }
     to_out = dict(zip(("out_k", "out_b", "out_c", "out_p"), out.stride(), strict=True))
-    near = all(reach(image) < 2**31 for image in (out, vectors, x))
-    if near and tiles.groups * per_group * positions <= WHOLE:
+    if tiles.groups * per_group * positions <= WHOLE:
         run(
             group_norm_silu_whole_kernel,
             lambda _: (count, blocks, batch),
             {**arguments, "out": out, **to_out},
-            whole_configurations(tiles, vectors.element_size(), HELD_ELSE if adjoint or last else HELD),
+            whole_configurations(tiles, HELD_ELSE if adjoint or last else HELD),
             _KEY,
         )
         return
@@ -531,14 +529,14 @@ SPLIT_CONFIGURATIONS = (
 )
 
 
-def whole_configurations(tiles: Tiles, itemsize: int, held: int) -> list[triton.Config]:
-    """Of the kernel whose programs see all positions; `held`: bytes that a thread may hold of its vector."""
+def whole_configurations(tiles: Tiles, held: int) -> list[triton.Config]:
+    """Of the kernel whose programs see all positions; a thread may hold so many elements of its vector."""
     elements = tiles.steps * tiles.block_c * tiles.block_p
-    warps = (4, 8) if elements <= TILE // 2 else (8, 16)
     if tiles.steps == 1:
-        return [triton.Config({"HELD": True}, num_warps=n) for n in warps]
-    configurations = [triton.Config({"HELD": False}, num_warps=n) for n in warps]
-    if elements * itemsize <= held * HELD_WARPS * 32:
+        return [triton.Config({"HELD": True}, num_warps=n) for n in ((4, 8) if elements < TILE else (8, 16))]
+    # The more warps, the fewer programs share a multiprocessor's cache: their second look finds more there.
+    configurations = [triton.Config({"HELD": False}, num_warps=n) for n in (8, 16, 32)]
+    if elements <= held * HELD_WARPS * 32:
         configurations.append(triton.Config({"HELD": True}, num_warps=HELD_WARPS))
     return configurations
 
@@ -546,13 +544,6 @@ def whole_configurations(tiles: Tiles, itemsize: int, held: int) -> list[triton.
 def parts_at_once(tiles: Tiles) -> int:
     """How many tiles' sums are read at a time."""
     return min(triton.next_power_of_2(tiles.steps), 64)
-
-
-def reach(image: Tensor) -> int:
-    """How far apart elements of one [C, P] lie."""
-    return sum(
-        (size - 1) * stride for size, stride in zip(image.shape[-2:], image.stride()[-2:], strict=True)
-    )
 
 
 def is_channels_last(image: Tensor) -> bool:
