@@ -112,10 +112,14 @@ def group_norm_silu_forward_whole_kernel(
 
     size = PER_GROUP * positions
     means = over_groups(tl.sum(seen * average, 1), PER_GROUP, PADDED_GROUPS) / size
-    mean_c = to_channels(means, PER_GROUP, BLOCK_C)
-    squares += seen * (average - mean_c) * (average - mean_c)
-    rstds = tl.rsqrt(over_groups(tl.sum(squares, 1), PER_GROUP, PADDED_GROUPS) / size + eps)
-    rstd_c = to_channels(rstds, PER_GROUP, BLOCK_C)
+    away = average - to_channels(means, PER_GROUP, BLOCK_C)
+    # Zero, but for rounding (the corrected algorithm of the same authors).
+    drift = over_groups(tl.sum(seen * away, 1), PER_GROUP, PADDED_GROUPS) / size
+    squares += seen * away * away
+    variance = over_groups(tl.sum(squares, 1), PER_GROUP, PADDED_GROUPS) / size - drift * drift
+    means += drift
+    rstds = tl.rsqrt(variance + eps)
+    mean_c, rstd_c = to_channels(means, PER_GROUP, BLOCK_C), to_channels(rstds, PER_GROUP, BLOCK_C)
     _store_statistics(mean, rstd, means, rstds, b, block, groups, GROUPS, PADDED_GROUPS)
     for step in range(CHANNEL_STEPS * POSITION_STEPS):
         c, p, exists, mask = tile(
@@ -213,6 +217,7 @@ def group_norm_silu_forward_apply_kernel(
         elements = _elements(part, positions, PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS)
         total += elements * tl.load(row + part, mask=read & (part < parts), other=0)
     means = tl.sum(total, 1) / size
+    drifts = tl.zeros([PADDED_GROUPS, PARTS], tl.float32)
     squares = tl.zeros([PADDED_GROUPS, PARTS], tl.float32)
     for begin in range(0, parts, PARTS):
         part = begin + tl.arange(0, PARTS)[None, :]
@@ -220,8 +225,11 @@ def group_norm_silu_forward_apply_kernel(
         elements = _elements(part, positions, PER_GROUP, BLOCK_C, BLOCK_P, POSITION_STEPS)
         away = tl.load(row + part, mask=there, other=0) - means[:, None]
         own = tl.load(row + plane + part, mask=there, other=0)
+        drifts += tl.where(there, elements * away, 0.0)
         squares += tl.where(there, own + elements * away * away, 0.0)
-    rstds = tl.rsqrt(tl.sum(squares, 1) / size + eps)
+    drift = tl.sum(drifts, 1) / size  # as above
+    rstds = tl.rsqrt(tl.sum(squares, 1) / size - drift * drift + eps)
+    means += drift
     if step == 0:
         _store_statistics(mean, rstd, means, rstds, b, block, groups, GROUPS, PADDED_GROUPS)
 

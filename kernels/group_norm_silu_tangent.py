@@ -19,8 +19,9 @@ WHOLE = 65536
 # Bytes of vectors between the two looks at larger groups: half of what the caches of large GPUs keep.
 CACHED = 16 * 2**20
 HELD_WARPS = 16
-# Bytes of its vector that a thread of 16 warps holds in registers without spilling.
-HELD = {False: 160, True: 96}
+# Elements of its vector that a thread of 16 warps holds in registers without spilling: of a tangent that lies
+# channels-first, and otherwise.
+HELD, HELD_ELSE = 40, 32
 _KEY = ("channels", "positions", "groups", "vectors_c", "vectors_p", "SILU", "ADJOINT")
 
 
@@ -466,7 +467,8 @@ def group_norm_silu(
     weight and bias [C] or [B, C], contiguous."""
     count, batch, channels, positions = vectors.shape
     per_group = channels // groups
-    tiles = cut(channels, groups, positions, channels_last=is_channels_last(vectors))
+    last = is_channels_last(vectors)
+    tiles = cut(channels, groups, positions, channels_last=last)
     blocks = triton.cdiv(groups, tiles.groups)
     arguments: dict[str, Any] = {
         "vectors": vectors,
@@ -492,7 +494,7 @@ def group_norm_silu(
             group_norm_silu_whole_kernel,
             lambda _: (count, blocks, batch),
             {**arguments, "out": out, **to_out},
-            whole_configurations(tiles, vectors.element_size(), adjoint=adjoint),
+            whole_configurations(tiles, HELD_ELSE if adjoint or last else HELD),
             _KEY,
         )
         return
@@ -522,19 +524,19 @@ def group_norm_silu(
 SPLIT_CONFIGURATIONS = (
     triton.Config({"TANGENTS": 4}, num_warps=8),
     triton.Config({"TANGENTS": 1}, num_warps=8),
-    triton.Config({"TANGENTS": 4}, num_warps=4),
+    triton.Config({"TANGENTS": 8}, num_warps=8),
     triton.Config({"TANGENTS": 2}, num_warps=16),
 )
 
 
-def whole_configurations(tiles: Tiles, itemsize: int, *, adjoint: bool) -> list[triton.Config]:
-    """Of the kernel whose programs see all positions."""
+def whole_configurations(tiles: Tiles, held: int) -> list[triton.Config]:
+    """Of the kernel whose programs see all positions; a thread may hold so many elements of its vector."""
     elements = tiles.steps * tiles.block_c * tiles.block_p
-    warps = (4, 8) if elements <= TILE // 2 else (8, 16)
     if tiles.steps == 1:
-        return [triton.Config({"HELD": True}, num_warps=n) for n in warps]
-    configurations = [triton.Config({"HELD": False}, num_warps=n) for n in warps]
-    if elements * itemsize <= HELD[adjoint] * HELD_WARPS * 32:
+        return [triton.Config({"HELD": True}, num_warps=n) for n in ((4, 8) if elements < TILE else (8, 16))]
+    # The more warps, the fewer programs share a multiprocessor's cache: their second look finds more there.
+    configurations = [triton.Config({"HELD": False}, num_warps=n) for n in (8, 16, 32)]
+    if elements <= held * HELD_WARPS * 32:
         configurations.append(triton.Config({"HELD": True}, num_warps=HELD_WARPS))
     return configurations
 
