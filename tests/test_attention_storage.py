@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from attention_cases import ACTIVE, Case, banded_mask, judge, plain_attention
 from kernel_checks import available_isas
-from test_attention_tangent import ACTIVE, Case, banded_mask, judge, plain_attention
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
