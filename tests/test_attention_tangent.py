@@ -132,7 +132,29 @@ def test_kernel_on_huge_logits_and_denormals(dtype: torch.dtype, heads: int) -> 
     # float32 without fused multiply-add, as on the portable instruction set: 1.2e-4.
     floor = 2.5e-4 if dtype is torch.float32 else 2e-7
     check(Case(33, 40, 16, heads=heads, dtype=dtype, gain=30.0), floor=floor)
-    check(Case(33, 40, 16, heads=heads, dtype=dtype, gain=1e-22))
+    # Scores that are denormal.
+    check(Case(33, 40, 16, heads=heads, dtype=dtype, gain=1e-22 if dtype is torch.float32 else 1e-160))
+
+
+@needs_extension
+@pytest.mark.parametrize("heads", [2, 5])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_kernel_on_denormal_vectors(dtype: torch.dtype, heads: int) -> None:
+    """Tangents and cotangents that are denormal, with six bits less than normal numbers have."""
+    case = Case(33, 40, 16, heads=heads, dtype=dtype)
+    cotangent = case.cotangent()
+    exact = case.as_float64()
+    expected = [exact.tangent("reference"), *exact.adjoint("reference", cotangent.double())]
+    scale = torch.finfo(dtype).smallest_normal / 64
+    for name in ("dq", "dk", "dv"):
+        case.tensors[name] = case.tensors[name] * scale
+    step = 64 * torch.finfo(dtype).eps  # between two denormals, in units of the scale
+    for got, truth in zip(
+        (case.tangent("cpu"), *case.adjoint("cpu", cotangent * scale)), expected, strict=True
+    ):
+        assert got is not None
+        assert truth is not None
+        assert float((got.double() / scale - truth).abs().max()) < 100 * step
 
 
 @needs_extension
