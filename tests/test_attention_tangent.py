@@ -82,11 +82,17 @@ def test_forward_over_lengths_and_widths(length: int, width: int, dtype: torch.d
 @needs_extension
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("length", LENGTHS[:-1])
+@pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.usefixtures("poisoned_memory")
-def test_kernel_over_lengths_and_widths(length: int, width: int, dtype: torch.dtype) -> None:
-    keys = LENGTHS[(LENGTHS.index(length) + width) % 5]
-    check(Case(length, keys, width, dtype=dtype, batch=1, active=ACTIVE[(length + width) % len(ACTIVE)]))
+def test_kernel_over_lengths_widths_and_counts(length: int, width: int, dtype: torch.dtype) -> None:
+    """Every pair of a length of rows or keys, a head size and a number of tangents."""
+    i, j = LENGTHS.index(length), WIDTHS.index(width)
+    count, active = COUNTS[(j - i) % len(COUNTS)], ACTIVE[(i + j) % len(ACTIVE)]
+    other = LENGTHS[(i + 1) % len(LENGTHS)]
+    for rows, keys in ((length, other), (other, length)):
+        check(Case(rows, keys, width, count=count, dtype=dtype, batch=1, heads=1, active=active))
+    if length < 1025:
+        check(Case(length, length, width, dtype=dtype, batch=1, active=active))
 
 
 @needs_extension
