@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
 from sharpcore.aliases import Aliases, InPlaceWrites, Kind, leaves, replace_tensors
+from sharpcore.backends.reference.attention_tangent import additive_mask
 from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.lowering import is_fixed
 from sharpcore.memory import give_back_freed
@@ -32,7 +33,6 @@ from sharpcore.rules import (
     load_rules,
     storage_of,
 )
-from sharpcore.rules.attention import additive_mask
 from sharpcore.rules.shape import overlay
 
 # How many of the last maps are kept while a trace is over its memory budget.

@@ -52,6 +52,9 @@ SHAPES = (
     Shape((1, 1025), (8,)),
     Shape((2, 144), (59,)),
     Shape((1, 33), (111,)),
+    Shape((144,), (40,)),
+    Shape((33,), (80,)),
+    Shape((7, 11), (160,)),
 )
 WELL_CONDITIONED = tuple(shape for shape in SHAPES if shape.size > 2)
 

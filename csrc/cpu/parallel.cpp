@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cfenv>
 #include <condition_variable>
 #include <exception>
 #include <mutex>
@@ -22,6 +23,9 @@ struct Job {
     int free_slots;    // guarded by Pool::mutex_
     int next_slot{1};  // guarded by Pool::mutex_; slot 0 is the caller's
     int active{0};     // guarded by Pool::mutex_
+    // How the caller rounds and whether it flushes denormals: no result may depend on which thread computed it. Workers
+    // do nothing but jobs, each of which brings its own.
+    std::fenv_t arithmetic{};
 
     void work(int slot) noexcept {
         for (std::int64_t task = next.fetch_add(1, std::memory_order_relaxed); task < tasks;
@@ -74,6 +78,7 @@ private:
             ++job.active;
             const int slot = job.next_slot++;
             lock.unlock();
+            std::fesetenv(&job.arithmetic);
             job.work(slot);
             lock.lock();
             if (--job.active == 0) done_.notify_one();
@@ -109,7 +114,10 @@ void parallel_for(std::int64_t tasks, int threads, TaskFunction function, const 
     if (tasks <= 0) return;
     const int workers = static_cast<int>(std::min<std::int64_t>({tasks, std::max(threads, 1), kMaxThreads})) - 1;
     Job job{function, job_data, tasks, {}, workers};
-    if (workers > 0 && pool().run(job)) return;
+    if (workers > 0) {
+        std::fegetenv(&job.arithmetic);
+        if (pool().run(job)) return;
+    }
     job.work(0);
 }
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sharpcore.rules import Call, LinearMap, rule
@@ -58,10 +57,3 @@ class Attention(LinearMap):
 @rule("attention")
 def attention(call: Call) -> LinearMap | None:
     return Attention(call) if all(position in (0, 1, 2) for position in call.active) else None
-
-
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean attention mask (True: take part) as what is added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))

@@ -13,7 +13,8 @@ using TaskFunction = void (*)(const void* job, std::int64_t task, int slot) noex
 
 // Runs `function(job, task, slot)` for every task in [0, tasks) on at most `threads` threads, the calling one among
 // them, and returns when all are done. While another thread's job occupies the workers the tasks run on the caller
-// alone. A child made by fork() starts its own workers.
+// alone. A child made by fork() starts its own workers. Every task computes in the floating-point environment of the
+// caller: its rounding, its flushing of denormals.
 void parallel_for(std::int64_t tasks, int threads, TaskFunction function, const void* job);
 
 // Uninitialized memory of one block per slot, each aligned to 64 bytes and freed with the object.

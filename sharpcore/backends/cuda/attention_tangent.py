@@ -21,7 +21,7 @@ from sharpcore.backends.heads import (
     results,
 )
 from sharpcore.backends.output import check_out, deliver
-from sharpcore.backends.reference.attention_tangent import attention_targets
+from sharpcore.backends.reference.attention_tangent import additive_mask, attention_targets
 from sharpcore.kernels import attention_tangent as kernels
 
 # Offsets within a tile of rows are 32-bit numbers.
@@ -43,6 +43,7 @@ def attention_forward(
     `out` is written without a copy where the entries of its rows are adjacent. `tf32`: float32 products on
     tensor cores, with operands rounded to 11 bits.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     given = () if out is None else out
     if not _takes([q, k, v, *given[:1]], [*given[1:]], mask):
         return reference.KERNELS["attention_forward"](q, k, v, mask=mask, scale=scale, out=out)
@@ -85,6 +86,7 @@ def attention_tangent(
     `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
     attention_forward.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     tangents = (dq, dk, dv)
     lse = _statistics(lse, q.dtype)
     if not _takes([q, k, v, o, *present(*tangents, out)], [lse], mask):
@@ -127,6 +129,7 @@ def attention_adjoint(
     Each of `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
     attention_forward.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     targets = attention_targets(needed, out)
     lse = _statistics(lse, q.dtype)
     if not _takes([q, k, v, o, cotangent, *present(*targets)], [lse], mask):
