@@ -11,8 +11,8 @@ PYTEST_ARGS ?=
 
 BUILD_FILES := setup.py pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc -type f)
 PACKAGE_FILES := $(shell find sharpcore kernels -name '*.py')
-NATIVE_FILES := $(wildcard tests/native/*)
-CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.h')
+NATIVE_FILES := $(shell find tests/native -type f)
+CPP_FILES := $(shell find csrc tests/native -name '*.cpp' -o -name '*.cu' -o -name '*.h')
 
 MODEL := sharpcore/models/tiny-sd-eps
 DEMO_OUTPUT := demo-output
@@ -76,7 +76,7 @@ format: $(VENV)/editable.stamp
 	$(BIN)/clang-format -i $(CPP_FILES)
 
 clean:
-	rm -rf $(VENV) $(DEMO_OUTPUT) build *.egg-info sharpcore/_C*.so
+	rm -rf $(VENV) $(DEMO_OUTPUT) build *.egg-info sharpcore/_C*.so sharpcore/_cuda*.so
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)

@@ -29,6 +29,13 @@ OVERHEAD: dict[str, Any] = {
 }
 # The defaults of UNet2DConditionModel are those of Stable Diffusion 1.x but for the width of the prompt.
 SD14: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+# Stable Diffusion 2.1 at 768 pixels: heads of 64 channels, linear projections.
+SD21: dict[str, Any] = {
+    "sample_size": 96,
+    "cross_attention_dim": 1024,
+    "attention_head_dim": (5, 10, 20, 20),
+    "use_linear_projection": True,
+}
 # Stable Diffusion XL; the depth of its innermost transformers is set to what memory allows.
 SDXL: dict[str, Any] = {
     "sample_size": 128,
@@ -135,6 +142,11 @@ def sd14(size: int = 64) -> Pair:
 def sd14_unet() -> nn.Module:
     """The network of "sd14"."""
     return _filled(_on_meta(SD14))
+
+
+def sd21(size: int = 96) -> Pair:
+    """The UNet of Stable Diffusion 2.1, 866 M parameters, at a guidance pair."""
+    return _inputs(_filled(_on_meta(SD21)), size)
 
 
 def sdxl(size: int = 32, depth: int = 10) -> Pair:

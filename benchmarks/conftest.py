@@ -19,6 +19,7 @@ from measure import Table
 LARGE = {
     "sd14": "Stable Diffusion 1.4's size: many minutes, 18 GiB",
     "sdxl": "Stable Diffusion XL's widths: many minutes, as much memory as there is",
+    "spectra": "whole spectra in float64: many minutes",
     "scaling": "curves over tangents, latent size, channels and batch: many minutes",
 }
 

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("krylov", "linearize", "overhead", "scaling", "scoring", "sd14", "sdxl")
+WHOLE = ("krylov", "linearize", "overhead", "scaling", "scoring", "sd14", "sdxl", "spectra")
 KERNELS = tuple(
     f"benchmarks/{path.name}"
     for path in sorted(ROOT.glob("benchmarks/bench_*.py"))
@@ -55,6 +55,7 @@ SECTIONS: dict[str, tuple[Section, ...]] = {
     "sdxl": (Section(("benchmarks/bench_sdxl.py", "-m", "sdxl")),),
     "krylov": (Section(("benchmarks/bench_krylov.py", "-k", "not krylov_quick")),),
     "krylov-quick": (Section(("benchmarks/bench_krylov.py", "-m", "quick")),),
+    "spectra": (Section(("benchmarks/bench_spectra.py", "-m", "spectra")),),
     "scaling": (Section(("benchmarks/bench_scaling.py", "-m", "scaling")),),
 }
 FULL = tuple(name for name in SECTIONS if not name.endswith("quick"))

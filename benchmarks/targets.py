@@ -168,6 +168,12 @@ TARGETS: tuple[Target, ...] = (
         1.5,
     ),
     Target(
+        "whole spectra in float64",
+        "error over the largest eigenvalue, worst of 30",
+        _number("spectra", "largest of all", "relative_error"),
+        1e-6,
+    ),
+    Target(
         "10 pairs at both ends, products",
         "over the fewest of eigsh and PRIMME",
         _over_fewest("krylov_one", LANCZOS, RIVALS[:2], "products"),

@@ -1,5 +1,7 @@
-"""Which configuration of a Triton kernel runs: a safe one, or the fastest for a shape, measured once and kept on
-disk."""
+"""Which configuration of a Triton kernel runs: a safe one, or the fastest for a shape, measured once.
+
+What was measured is kept on disk.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ import triton
 
 # Triton writes what it measured into its own cache, by device, kernel source, key and configurations.
 _lock = threading.Lock()
-_tuners: dict[tuple[int, tuple[str, ...]], Any] = {}
+_tuners: dict[tuple[int, tuple[str, ...], tuple[triton.Config, ...]], Any] = {}
 _chosen: dict[tuple[int, int, tuple[Any, ...]], triton.Config] = {}
 
 Grid = Callable[[Mapping[str, Any]], tuple[int, ...]]
@@ -69,10 +71,11 @@ def _fastest(
     if torch.cuda.is_current_stream_capturing():
         return configurations[0]
     with _lock:  # a tuner holds the arguments of the call that it measures
-        tuner = _tuners.get((id(kernel), tuple(key)))
+        which = (id(kernel), tuple(key), tuple(configurations))
+        tuner = _tuners.get(which)
         if tuner is None:
             tune = triton.autotune(configs=list(configurations), key=list(key), cache_results=True)
-            tuner = _tuners[id(kernel), tuple(key)] = tune(kernel)
+            tuner = _tuners[which] = tune(kernel)
         tuner[grid](**arguments)
         _chosen[place] = tuner.best_config
         return tuner.best_config

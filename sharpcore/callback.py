@@ -83,7 +83,7 @@ class SharpnessCallback:
         if threshold is not None and not (isinstance(threshold, (int, float)) and threshold == threshold):
             raise InvalidInput(f"threshold: expected a number; got {threshold!r}")
         get_backend(backend, device="cpu", dtype=torch.float32)
-        check_precision(precision, pipe.unet.dtype)
+        check_precision(precision, pipe.unet.dtype, pipe.unet.device)
         self.pipe = pipe
         self.steps = frozenset(steps)
         self.units = units

@@ -50,7 +50,9 @@ class Running:
     num_inference_steps: Annotated[int, _option("Length of the scheduler's trajectory.", min=1)] = 50
     guidance: Annotated[float, _option("Guidance scale of the trajectory to later steps.")] = 7.5
     backend: Annotated[str, _option("auto, or one that `sharpcore doctor` lists.")] = "auto"
-    precision: Annotated[str, _option("Of the products: float32 or bfloat16.")] = "float32"
+    precision: Annotated[str, _option("Of the products: float32, tf32 (on a GPU), bfloat16 or float16.")] = (
+        "float32"
+    )
     memory_budget: Annotated[str | None, _option('Memory for a batch, e.g. "8GiB".')] = None
     height: Annotated[int | None, _option("Image height in pixels; default: the model's.")] = None
     width: Annotated[int | None, _option("Image width in pixels; default: the model's.")] = None

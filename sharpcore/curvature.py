@@ -60,7 +60,7 @@ class Products:
                 f"memory_budget: expected a positive number of bytes; got {self.memory_budget!r}"
             )
         get_backend(self.backend, device="cpu", dtype=torch.float32)
-        check_precision(self.precision, pipe.unet.dtype)
+        check_precision(self.precision, pipe.unet.dtype, pipe.unet.device)
 
 
 @dataclass(frozen=True)
@@ -136,6 +136,15 @@ class Curvature:
     def hessian_difference(self) -> HessianDifference:
         """H(x, prompt) - H(x, no prompt)."""
         return HessianDifference(self.conditional, self.unconditional)
+
+    @property
+    def noise_curvature(self) -> float:
+        """The Hessian of pure noise is this times the identity: -1 / sigma^2, or 1 / sigma in eps units.
+
+        What `hessian`, `unconditional_hessian` and `jacobian` are near t = T but for a little: to be given as
+        `shift=` to `sharpcore.krylov.trace`, `diagonal`, `trace_power` and `frobenius`.
+        """
+        return -1 / self.sigma**2 if self.units == "score" else 1 / self.sigma
 
     @property
     def posterior_covariance(self) -> PosteriorCovariance:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from sharpcore.errors import InvalidInput
 from sharpcore.krylov.block_lanczos import block_lanczos
 from sharpcore.krylov.dense import MOST, dense
 from sharpcore.krylov.density import Density, spectral_density
-from sharpcore.krylov.dimension import lhsd
+from sharpcore.krylov.dimension import flipd, lhsd
 from sharpcore.krylov.estimation import mean_and_error
-from sharpcore.krylov.operator import BatchedOperator, as_batched
+from sharpcore.krylov.operator import BatchedOperator, Multiply, as_batched
 from sharpcore.krylov.probes import probes
 from sharpcore.krylov.solution import Estimate
 from sharpcore.operators import Hessian, HessianDifference
@@ -32,8 +31,6 @@ _SEED = 0
 # Points of the density's grid, and the standard deviation of its smoothing in widths of the spectrum.
 GRID = 256
 _SMOOTHING = 1 / 100
-# The filter of LHSD, as in `sharpcore.krylov.lhsd`: its edge is this much of the curvature of pure noise.
-LHSD_CUTOFF, LHSD_ORDER = 0.7, 4.0
 
 
 @dataclass(frozen=True)
@@ -72,72 +69,72 @@ def compute(curvature: Curvature, how: Numbers, check_time: Callable[[], None]) 
     operator = curvature.operator(how.condition)
     dimension = curvature.x[0].numel()
     method = how.method_for(dimension)
-    rows = (_dense if method == "dense" else _lanczos)(operator, curvature, how, check_time)
+    density, estimates, rows = (_dense if method == "dense" else _lanczos)(
+        operator, curvature, how, check_time
+    )
     score = curvature.unconditional_score if how.condition == "none" else curvature.score
     if how.condition == "difference":
         score = score - curvature.unconditional_score
-    norms = score.double().flatten(1).norm(dim=1).tolist()
-    for row, norm in zip(rows, norms, strict=True):
-        for end in ("", "_se"):
-            row[f"nonnegative_fraction{end}"] = row[f"nonnegative{end}"] / dimension
-        row |= {"method": method, "dimension": dimension, "score_norm": norm}
-        if how.condition != "difference":
-            # Of a difference of scores neither is a dimension.
-            variance = curvature.sigma**2
-            row["flipd"] = dimension + variance * (row["trace"] + norm**2)
-            row["flipd_se"] = variance * row["trace_se"]
+    norms = torch.linalg.vector_norm(score.double().flatten(1), dim=1)
+    count = density.count_above(0.0)
+    estimates |= {
+        "nonnegative": count,
+        "nonnegative_fraction": replace(
+            count, value=count.value / dimension, standard_error=count.standard_error / dimension
+        ),
+        "nonnegative_mass": density.mass_above(0.0),
+    }
+    if how.condition != "difference":
+        # Of a difference of scores neither is a dimension.
+        estimates["flipd"] = flipd(estimates["trace"], norms.square(), curvature.sigma, dimension)
+        estimates["lhsd"] = lhsd(density, curvature.sigma)
+    for i, row in enumerate(rows):
+        row |= {"method": method, "dimension": dimension, "score_norm": float(norms[i])}
+        for name, estimate in estimates.items():
+            row |= {name: float(estimate.value[i]), f"{name}_se": float(estimate.standard_error[i])}
     return rows
+
+
+# The density of B states, estimates of sums that it does not give, and the other columns.
+_Found = tuple[Density, dict[str, Estimate], list[dict[str, Any]]]
 
 
 def _dense(
     operator: Hessian | HessianDifference, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
-) -> list[dict[str, Any]]:
+) -> _Found:
     jacobian = as_batched(operator.jacobian, batched=True)
     block = max(1, DENSE_VECTORS // jacobian.samples)
-    matrices = dense(jacobian, block=block, progress=lambda _: check_time())
-    rows = []
-    for matrix in matrices:
+    pairs, norms = [], []
+    for matrix in dense(jacobian, block=block, progress=lambda _: check_time()):
         symmetric = (matrix + matrix.mT) / 2
         values, vectors = torch.linalg.eigh(symmetric)
-        residuals = (symmetric @ vectors - vectors * values).norm(dim=0)
-        frobenius, skew = float(matrix.norm()), float((matrix - matrix.mT).norm())
-        low, high = float(values[0]), float(values[-1])
-        grid, width = _grid(low, high, _SMOOTHING)
-        numbers = {
-            "nonnegative": float((values >= 0).sum()),
-            "nonnegative_mass": float(values.clamp_min(0).sum()),
-            "trace": float(matrix.diagonal().sum()),
-            "frobenius": frobenius,
-            "asymmetry": skew / frobenius if frobenius > 0 else 0.0,
-        }
-        if how.condition != "difference":
-            numbers["lhsd"] = float(hill_filter(values, LHSD_CUTOFF / curvature.sigma**2).sum())
-        row = {
-            "result": "exact",
-            "products": jacobian.dimension * _branches(how),
-            **_extremes(values[: how.k], values[-how.k :], residuals[: how.k], residuals[-how.k :]),
-            **numbers,
-            **{f"{name}_se": 0.0 for name in numbers},
-            "density_grid": grid.tolist(),
-            "density": _smoothed(values.to(grid), grid, width).tolist(),
-            "density_se": [0.0] * len(grid),
-        }
+        pairs.append(torch.stack([values, (symmetric @ vectors - vectors * values).norm(dim=0)]))
+        norms.append(torch.stack([matrix.diagonal().sum(), matrix.norm(), (matrix - matrix.mT).norm()]))
+    values, residuals = torch.stack(pairs, 1)
+    trace, frobenius, skew = torch.stack(norms, 1)
+    density, zero = Density.of(values), torch.zeros_like(trace)
+    asymmetry = skew / frobenius.clamp_min(torch.finfo(skew.dtype).tiny)
+    exact = {
+        name: Estimate(value, zero, 0, 0)
+        for name, value in (("trace", trace), ("frobenius", frobenius), ("asymmetry", asymmetry))
+    }
+    rows = _rows(density, values, residuals, how, _SMOOTHING)
+    for row, every in zip(rows, values, strict=True):
+        row |= {"result": "exact", "products": jacobian.dimension * _branches(how)}
         if how.keep_eigenvalues:
-            row["eigenvalues"] = values.tolist()
-        rows.append(row)
-    return rows
+            row["eigenvalues"] = every.tolist()
+    return density, exact, rows
 
 
 def _lanczos(
     operator: Hessian | HessianDifference, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
-) -> list[dict[str, Any]]:
+) -> _Found:
     hessian, jacobian = (
         _watched(as_batched(each, batched=True), check_time) for each in (operator, operator.jacobian)
     )
-    samples = hessian.samples
     # A state's probes depend on its seed alone, so that its numbers do not depend on the batch, and states of
     # different prompts at one seed have common ones.
-    ids = curvature.seeds or tuple(range(samples))
+    ids = curvature.seeds or tuple(range(hessian.samples))
     ends = block_lanczos(
         hessian,
         how.k,
@@ -149,7 +146,7 @@ def _lanczos(
         sample_ids=ids,
     )
     # What block Lanczos has found is taken out of the probes and counted exactly.
-    rest = spectral_density(
+    density = spectral_density(
         hessian,
         probes=how.probes,
         steps=how.depth,
@@ -158,43 +155,13 @@ def _lanczos(
         sample_ids=ids,
         block=how.block,
     )
-    estimates = {"nonnegative": rest.count_above(0.0), "nonnegative_mass": rest.mass_above(0.0)}
-    if how.condition != "difference":
-        estimates["lhsd"] = lhsd(rest, curvature.sigma, cutoff=LHSD_CUTOFF, order=LHSD_ORDER)
     norms = _norms(jacobian, how, ids)
-    lows, highs = ends.values.nan_to_num(nan=math.inf).amin(1), ends.values.nan_to_num(nan=-math.inf).amax(1)
-    grids, widths = zip(
-        *(
-            _grid(low, high, max(_SMOOTHING, 1 / how.depth))
-            for low, high in zip(lows.tolist(), highs.tolist(), strict=True)
-        ),
-        strict=True,
-    )
-    curves = _curves(rest, torch.stack(grids), torch.tensor(widths))
     # A product with the Hessian is one with the Jacobian and one with its transpose.
-    products = _branches(how) * (2 * (ends.stats.products + rest.products) + 2 * how.probes)
-    rows = []
-    for i in range(samples):
-        found = torch.isfinite(ends.values[i])
-        values, residuals = ends.values[i][found], ends.residuals[i][found]
-        k = min(how.k, len(values))
-        row = {
-            "result": ends.results[i].name,
-            "products": products,
-            **_extremes(values[:k], values[-k:], residuals[:k], residuals[-k:]),
-            "density_grid": grids[i].tolist(),
-            "density": curves[0][i].tolist(),
-            "density_se": curves[1][i].tolist(),
-        }
-        for name, estimate in {**estimates, **norms}.items():
-            row |= {name: float(estimate.value[i]), f"{name}_se": float(estimate.standard_error[i])}
-        rows.append(row)
-    return rows
-
-
-def hill_filter(values: Tensor, threshold: float) -> Tensor:
-    """1 / (1 + (|l| / threshold)^LHSD_ORDER): near one for eigenvalues that are small beside it."""
-    return 1 / (1 + (values.abs() / threshold) ** LHSD_ORDER)
+    products = _branches(how) * (2 * (ends.stats.products + density.products) + 2 * how.probes)
+    rows = _rows(density, ends.values, ends.residuals, how, max(_SMOOTHING, 1 / how.depth))
+    for row, result in zip(rows, ends.results, strict=True):
+        row |= {"result": result.name, "products": products}
+    return density, norms, rows
 
 
 def _branches(how: Numbers) -> int:
@@ -204,16 +171,18 @@ def _branches(how: Numbers) -> int:
 def _watched(operator: BatchedOperator, check_time: Callable[[], None]) -> BatchedOperator:
     """The operator, with a look at the time before each product."""
 
-    def looking(multiply: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def looking(multiply: Multiply) -> Multiply:
         def product(block: Tensor) -> Tensor:
             check_time()
             return multiply(block)
 
         return product
 
+    # The products as they are: they are searched for NaN once, by the operator that is returned.
+    transposed = operator._multiply_transposed
     return BatchedOperator(
-        looking(operator.multiply),
-        looking(operator.multiply_transposed),
+        looking(operator._multiply),
+        None if transposed is None else looking(transposed),
         samples=operator.samples,
         dimension=operator.dimension,
         dtype=operator.dtype,
@@ -262,18 +231,35 @@ def _norms(jacobian: BatchedOperator, how: Numbers, ids: Sequence[int]) -> dict[
     return {name: Estimate(*pair, how.probes, jacobian.products) for name, pair in found.items()}
 
 
-def _extremes(
-    smallest: Tensor, largest: Tensor, smallest_residuals: Tensor, largest_residuals: Tensor
-) -> dict[str, Any]:
-    """Columns of the two ends, the outermost first, given ascending."""
-    return {
-        "smallest_eigenvalue": float(smallest[0]),
-        "largest_eigenvalue": float(largest[-1]),
-        "smallest": smallest.tolist(),
-        "smallest_residuals": smallest_residuals.tolist(),
-        "largest": largest.flip(0).tolist(),
-        "largest_residuals": largest_residuals.flip(0).tolist(),
-    }
+def _rows(
+    density: Density, values: Tensor, residuals: Tensor, how: Numbers, smoothing: float
+) -> list[dict[str, Any]]:
+    """Columns of the two ends, the outermost first, from ascending eigenvalues [B, n] (NaN: not found) with
+    their residuals, and of the density, smoothed by a share of the spectrum's length."""
+    grids, widths, rows = [], [], []
+    for found, off in zip(values, residuals, strict=True):
+        there = torch.isfinite(found)
+        found, off = found[there], off[there]
+        # None is of both ends.
+        low, high = min(how.k, (len(found) + 1) // 2), max(len(found) - how.k, (len(found) + 1) // 2)
+        rows.append(
+            {
+                "smallest_eigenvalue": float(found[0]),
+                "largest_eigenvalue": float(found[-1]),
+                "smallest": found[:low].tolist(),
+                "smallest_residuals": off[:low].tolist(),
+                "largest": found[high:].flip(0).tolist(),
+                "largest_residuals": off[high:].flip(0).tolist(),
+            }
+        )
+        grid, width = _grid(float(found[0]), float(found[-1]), smoothing)
+        grids.append(grid)
+        widths.append(width)
+    curve = density.curve(torch.stack(grids), torch.tensor(widths, dtype=torch.float64))
+    for i, row in enumerate(rows):
+        row["density_grid"] = grids[i].tolist()
+        row["density"], row["density_se"] = curve.density[i].tolist(), curve.standard_error[i].tolist()
+    return rows
 
 
 def _grid(low: float, high: float, smoothing: float) -> tuple[Tensor, float]:
@@ -281,30 +267,3 @@ def _grid(low: float, high: float, smoothing: float) -> tuple[Tensor, float]:
     length = (high - low) or abs(high) or 1.0
     width = smoothing * length
     return torch.linspace(low - 4 * width, high + 4 * width, GRID, dtype=torch.float64), width
-
-
-def _smoothed(values: Tensor, grid: Tensor, width: float) -> Tensor:
-    """The eigenvalues' density on the grid, smoothed with a Gaussian; it integrates to one."""
-    return _gaussian(grid[:, None] - values[None, :], width).mean(1)
-
-
-def _curves(density: Density, grids: Tensor, widths: Tensor) -> tuple[Tensor, Tensor]:
-    """Densities [B, G] and their standard errors on a grid [B, G] for each sample, smoothed by its width."""
-    device = density.nodes.device
-    grids, widths = grids.to(device), widths.to(device, torch.float64)
-
-    def near(point: Tensor) -> Callable[[Tensor], Tensor]:
-        def kernel(values: Tensor) -> Tensor:
-            shape = (-1, *[1] * (values.dim() - 1))
-            return _gaussian(values - point.reshape(shape), widths.reshape(shape))
-
-        return kernel
-
-    estimates = [density.apply(near(point)) for point in grids.mT]
-    values = torch.stack([estimate.value for estimate in estimates], 1)
-    errors = torch.stack([estimate.standard_error for estimate in estimates], 1)
-    return values / density.dimension, errors / density.dimension
-
-
-def _gaussian(distances: Tensor, width: Tensor | float) -> Tensor:
-    return (-0.5 * (distances / width).square()).exp() / (width * math.sqrt(2 * math.pi))

@@ -3,7 +3,9 @@ tangents."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,6 +21,26 @@ from sharpcore.residuals import Dropped, Residuals, kept_memory
 from sharpcore.rules import LinearMap, storage_of
 from sharpcore.trace import trace
 from sharpcore.workspace import Workspace
+
+_looks: ContextVar[bool] = ContextVar("looks", default=True)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Products of this thread do not look for NaN and infinity meanwhile.
+
+    A look waits for a device that works on its own; the caller looks, before a number gets out.
+    """
+    token = _looks.set(False)
+    try:
+        yield
+    finally:
+        _looks.reset(token)
+
+
+def checking() -> bool:
+    """Whether products look for NaN and infinity themselves."""
+    return _looks.get()
 
 
 def linearize(
@@ -43,11 +65,13 @@ def linearize(
         Further tensors that f takes and that may differ when re-linearizing (timesteps, prompt embeddings);
         they carry no tangent.
     backend
-        "auto", "reference" or "cpu": who executes the linear program (see `sharpcore.backends`).
+        "auto", "reference", "cpu" or "cuda": who executes the linear program (see `sharpcore.backends`).
     precision
-        Of the products with a float32 network. "float32", or "bfloat16": tangents, weights and residuals are
-        rounded to bfloat16 and sums are formed in float32; the value stays as it is. A relative error of
-        about 1e-2 for less time and memory. Networks in another dtype are multiplied with in their own.
+        Of the products with a float32 network. "float32"; "bfloat16" or "float16": tangents, weights and
+        residuals are rounded and sums are formed in float32; the value stays as it is. A relative error of
+        about 1e-2 or 1e-3 for less time and memory. "tf32", on a GPU: operands of convolutions and matrix
+        products are rounded to 11 bits on their way in, whatever the process has set; in "float32" those of
+        convolutions and attention never are. Networks in another dtype are multiplied with in their own.
     memory_budget
         How many bytes a product with one vector may take beside the network itself and the pass that
         linearizes: residuals, copies of weights, and the workspace. Where that is not enough, copies of
@@ -98,7 +122,9 @@ class Linearization:
         for i, tensor in enumerate(bound):
             if not isinstance(tensor, Tensor):
                 raise InvalidInput(f"bound[{i}]: expected a tensor; got {type(tensor).__name__}")
-        self.backend = get_backend(backend, device=x.device, dtype=x.dtype)
+        self.backend = get_backend(
+            backend, device=x.device, dtype=x.dtype, tf32=precision == "tf32" and x.is_cuda
+        )
         if memory_budget is not None and not (_is_count(memory_budget) and memory_budget > 0):
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         self.precision = precision
@@ -110,7 +136,7 @@ class Linearization:
 
     def _trace(self, x: Tensor, bound: Sequence[Tensor]) -> None:
         self._ready = False
-        self._workspace = Workspace()
+        self._workspace = Workspace(x.device)
         with _plain_precision(x):
             # The rest is for the pass itself, which goes on while its maps pile up.
             third = None if self.memory_budget is None else max(1, self.memory_budget // 3)
@@ -166,7 +192,8 @@ class Linearization:
             for step in program.steps
         ]
         if self._lowering.rounds:
-            program.notes.append("products in bfloat16, summed in float32; residuals stored in bfloat16")
+            name = self.precision
+            program.notes.append(f"products in {name}, summed in float32; residuals stored in {name}")
         if self.memory_budget is None:
             return
         chosen = "every residual is kept"
@@ -186,10 +213,15 @@ class Linearization:
         )
 
     def _replay(self, inputs: Sequence[Tensor]) -> Tensor | None:
-        """Run the recorded operations; returns the value, None for a constant."""
-        values = dict(zip((self.program.x, *self.program.bound), inputs, strict=True))
+        """Move to the point of these inputs; returns the value, None for a constant."""
         self._residuals.release()
-        self._workspace.leave_point(self.program)
+        return self._workspace.move(
+            self.program, inputs, self._run_recorded, segments=bool(self._residuals.segments)
+        )
+
+    def _run_recorded(self, *inputs: Tensor) -> Tensor | None:
+        """Run the recorded operations and make the maps that depend on the point."""
+        values = dict(zip((self.program.x, *self.program.bound), inputs, strict=True))
         for value, tensor in values.items():
             self._residuals.offer(value, tensor)
         self.program.replay(values, self._residuals, self.backend, self._lowering)
@@ -270,7 +302,7 @@ class Linearization:
                 transposed=transposed,
                 synchronize=synchronize,
             )
-            if not bool(torch.isfinite(result).all()):
+            if checking() and not bool(torch.isfinite(result).all()):
                 raise NonFiniteError(
                     f"{'vjp' if transposed else 'jvp'}: the product is not finite although the vectors and "
                     "f(x) are: a derivative is infinite at this point, or the product overflows"
@@ -304,7 +336,7 @@ class Linearization:
             ]
             value = self._replay(inputs)
             if value is not None:
-                self.value = torch.empty_like(self.value).copy_(value)
+                self.value = value
         self.x, self._bound = inputs[0], tuple(inputs[1:])
         self._arrive()
         return self
@@ -354,7 +386,7 @@ class Linearization:
             raise InvalidInput(f"{name}: expected at least one (K >= 1); got K = 0")
         if tangents.dtype != like.dtype:
             raise InvalidInput(f"{name}: expected dtype {like.dtype}; got {tangents.dtype}")
-        if not bool(torch.isfinite(tangents).all()):
+        if checking() and not bool(torch.isfinite(tangents).all()):
             raise NonFiniteError(f"{name}: expected finite numbers; got NaN or infinity")
 
     def _check_ready(self) -> None:

@@ -16,7 +16,15 @@ from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
 from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape, UpsampleNearest
 
-PRECISIONS = ("float32", "bfloat16")
+# What products are made in, and the dtype that tangents, weights and residuals are then rounded to. In "tf32"
+# the operands of matrix products and convolutions are rounded on their way into a GPU's matrix units.
+PRECISIONS: dict[str, torch.dtype | None] = {
+    "float32": None,
+    "tf32": None,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_TF32_ROUNDING = 2.0**-10
 
 # The same at every point, as long as their weights are: a new point keeps them.
 _FIXED = (
@@ -45,23 +53,25 @@ _ROUND = (
     MatrixProduct,
     Softmax,
 )
-# Statistics that kernels take in float32 beside bfloat16 tensors, and parameters too small to matter.
+# Statistics that kernels take in float32 beside tensors of 16 bits, and parameters too small to matter.
 _KEEP = {"mean", "rstd", "lse", "mask", "bias"}
 
 
 class Float32(LinearMap):
-    """A map that computes in float32 between bfloat16 tangents."""
+    """A map that computes in float32 between tangents of 16 bits."""
 
-    def __init__(self, inner: LinearMap) -> None:
+    def __init__(self, inner: LinearMap, low: torch.dtype) -> None:
         self.inner = inner
+        self.low = low
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        given = [_exchange(tangent, _FORTH) for tangent in tangents]
-        return [_exchange(out, _BACK) for out in self.inner.jvp(kernels, given)]
+        given = [_exchange(tangent, self.low, torch.float32) for tangent in tangents]
+        return [_exchange(out, torch.float32, self.low) for out in self.inner.jvp(kernels, given)]
 
     def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        given = [None if c is None else _exchange(c, _FORTH) for c in cotangents]
-        return [None if c is None else _exchange(c, _BACK) for c in self.inner.vjp(kernels, given)]
+        given = [None if c is None else _exchange(c, self.low, torch.float32) for c in cotangents]
+        pulled = self.inner.vjp(kernels, given)
+        return [None if c is None else _exchange(c, torch.float32, self.low) for c in pulled]
 
     def residuals(self) -> list[tuple[str, Tensor]]:
         return self.inner.residuals()
@@ -74,13 +84,8 @@ class Float32(LinearMap):
         return self.inner.flops(k)
 
 
-_EITHER = (torch.float32, torch.bfloat16)
-_FORTH = {torch.bfloat16: torch.float32}
-_BACK = {torch.float32: torch.bfloat16}
-
-
-def _exchange(tensor: Tensor, dtypes: dict[torch.dtype, torch.dtype]) -> Tensor:
-    return tensor.to(dtypes.get(tensor.dtype, tensor.dtype))
+def _exchange(tensor: Tensor, old: torch.dtype, new: torch.dtype) -> Tensor:
+    return tensor.to(new) if tensor.dtype == old else tensor
 
 
 def is_fixed(instruction: LinearMap) -> bool:
@@ -93,14 +98,21 @@ def is_fixed(instruction: LinearMap) -> bool:
 WeightCopies = dict[Any, tuple[Tensor, Tensor]]
 
 
-def check_precision(precision: str, dtype: torch.dtype) -> None:
-    """Raise InvalidInput for a precision that there is not, or not for a network of this dtype."""
+def check_precision(precision: str, dtype: torch.dtype, device: torch.device) -> None:
+    """Raise InvalidInput for a precision that there is not, or not for a network of this dtype and device."""
     if precision not in PRECISIONS:
         raise InvalidInput(f"precision: expected one of {', '.join(PRECISIONS)}; got {precision!r}")
-    if precision == "bfloat16" and dtype != torch.float32:
+    if precision != "float32" and dtype != torch.float32:
         raise InvalidInput(
-            f'precision: "bfloat16" rounds the products of a float32 network; this one computes in {dtype}'
+            f'precision: "{precision}" rounds the products of a float32 network; this one computes in {dtype}'
         )
+    if precision == "tf32" and device.type != "cuda":
+        raise InvalidInput(f'precision: "tf32" is a mode of GPUs; the network is on {device.type}')
+
+
+def rounding_of(precision: str, dtype: torch.dtype) -> float:
+    """The relative rounding of the operands of products of this precision, with a network of this dtype."""
+    return _TF32_ROUNDING if precision == "tf32" else torch.finfo(PRECISIONS[precision] or dtype).eps
 
 
 class Lowering:
@@ -110,18 +122,20 @@ class Lowering:
     """
 
     def __init__(self, precision: str, x: Tensor, kernels: Any, copies: WeightCopies) -> None:
-        check_precision(precision, x.dtype)
+        check_precision(precision, x.dtype, x.device)
         self._kernels = kernels
         self._copies = copies
         self.packs_adjoints = True
         self.again: frozenset[Hashable] = frozenset()  # ids of weights that every product copies anew
-        self.rounds = precision == "bfloat16"
-        self.packs = x.device.type == "cpu" and x.dtype == torch.float32
+        self.dtype = PRECISIONS[precision]  # of tangents inside a product; None: that of the network
+        self.packs = x.device.type == "cpu" and x.dtype == torch.float32 and precision != "float16"
+        # A GPU's matrix units take the channels of a pixel side by side.
+        self.channels_last = x.device.type == "cuda" and precision != "float32"
 
     @property
-    def dtype(self) -> torch.dtype | None:
-        """The dtype of tangents inside a product; None: that of the network."""
-        return torch.bfloat16 if self.rounds else None
+    def rounds(self) -> bool:
+        """Whether products work on rounded copies of residuals and weights."""
+        return self.dtype is not None
 
     def rounded(self, nbytes: int) -> int:
         """What float32 residuals take once they are lowered."""
@@ -138,7 +152,15 @@ class Lowering:
             if isinstance(instruction, Convolution):
                 if self.rounds or self._packs(instruction):
                     copied[id(instruction.weight)] = self.rounded(4 * instruction.weight.numel())
-            elif isinstance(instruction, Linear) and self.rounds and instruction.weight.dtype in _EITHER:
+            elif (
+                isinstance(instruction, Linear)
+                and self.rounds
+                and instruction.weight.dtype
+                in (
+                    torch.float32,
+                    self.dtype,
+                )
+            ):
                 copied[id(instruction.weight)] = 2 * instruction.weight.numel()
         return copied
 
@@ -164,21 +186,28 @@ class Lowering:
             return instruction
         if isinstance(instruction, (Convolution, Linear)) and id(instruction.weight) in self.again:
             return instruction
+        if isinstance(instruction, Convolution) and fixed and self._reorders(instruction):
+            weight, dtype, order = instruction.weight, self._dtype, torch.channels_last
+            instruction.weight = self._copy(
+                weight, f"{dtype} {order}", lambda: weight.detach().to(dtype, memory_format=order)
+            )
+            return instruction
         if self._turns(instruction):
             # Tangents come out of packed convolutions with the channels last; the residual lies beside them.
             instruction.x = instruction.x.contiguous(memory_format=torch.channels_last)  # type: ignore[attr-defined]
-        if not self.rounds:
+        low = self.dtype
+        if low is None:
             return instruction
         if not isinstance(instruction, _ROUND):
-            return Float32(instruction)
+            return Float32(instruction, low)
         if isinstance(instruction, Linear):
             weight = instruction.weight
             if weight.dtype != torch.float32:
                 return instruction
-            instruction.weight = self._copy(weight, "rounded", lambda: weight.detach().to(torch.bfloat16))
+            instruction.weight = self._copy(weight, f"rounded {low}", lambda: weight.detach().to(low))
             return instruction
-        self._round(instruction)
-        if isinstance(instruction, Attention) and instruction.q.dtype == torch.bfloat16:
+        self._round(instruction, low)
+        if isinstance(instruction, Attention) and instruction.q.dtype == low:
             # The statistics of the rounded scores: with those of the exact ones no row would sum to one.
             instruction.out, instruction.lse = self._kernels.attention_forward(
                 instruction.q, instruction.k, instruction.v, mask=instruction.mask, scale=instruction.scale
@@ -186,12 +215,17 @@ class Lowering:
         return instruction
 
     def _turns(self, instruction: LinearMap) -> bool:
-        return isinstance(instruction, GroupNormSilu) and self.packs and instruction.x.dim() == 4
+        turns = self.packs or self.channels_last
+        return isinstance(instruction, GroupNormSilu) and turns and instruction.x.dim() == 4
+
+    def _reorders(self, convolution: Convolution) -> bool:
+        weight = convolution.weight
+        return self.channels_last and weight.dim() == 4 and weight.dtype == torch.float32
 
     @property
     def _dtype(self) -> torch.dtype:
-        """The dtype of packed weights."""
-        return torch.bfloat16 if self.rounds else torch.float32
+        """The dtype of packed and reordered weights."""
+        return self.dtype or torch.float32
 
     def _packs(self, convolution: Convolution) -> bool:
         return self.packs and packable(convolution.weight, convolution.geometry, self._dtype)
@@ -209,17 +243,17 @@ class Lowering:
             self._copies[key] = (weight.detach(), make())
         return self._copies[key][1]
 
-    def _round(self, instruction: LinearMap) -> None:
+    def _round(self, instruction: LinearMap, low: torch.dtype) -> None:
         keep = _KEEP | {"weight"} if isinstance(instruction, (GroupNormSilu, LayerNorm)) else _KEEP
         for name, value in list(vars(instruction).items()):
             if name in keep:
                 continue
-            if isinstance(value, Tensor) and value.dtype in _BACK:
-                setattr(instruction, name, value.detach().to(torch.bfloat16))
-            elif isinstance(value, torch.dtype):
-                setattr(instruction, name, _BACK.get(value, value))
+            if isinstance(value, Tensor) and value.dtype == torch.float32:
+                setattr(instruction, name, value.detach().to(low))
+            elif value is torch.float32:
+                setattr(instruction, name, low)
             elif isinstance(value, LinearMap):
-                self._round(value)
+                self._round(value, low)
             elif isinstance(value, tuple) and value and isinstance(value[0], LinearMap):
                 for part in value:
-                    self._round(part)
+                    self._round(part, low)

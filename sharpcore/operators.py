@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from sharpcore.backends import get_backend
 from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.linearization import Linearization
+from sharpcore.lowering import rounding_of
 
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
@@ -125,17 +127,18 @@ class CurvatureOperator:
     def asymmetry(self, probes: int = 8, *, seed: int = 0) -> Asymmetry:
         """How far the operator is from symmetric, ||A - A^T||_F / ||A||_F, estimated with Gaussian probes.
 
-        `probes` is the number of random vectors (each costs a product and a transposed product), `seed` that
-        of a generator of its own. Raises InvalidInput for fewer than 2 probes. Hutchinson's estimator: E||A
-        z||^2 = ||A||_F^2.
+        `probes` is the number of random vectors (each costs a product and a transposed product), `seed`
+        theirs (0 to 2^63 - 1; see `sharpcore.krylov.probes`). Raises InvalidInput for fewer than 2 probes.
+        Hutchinson's estimator: E||A z||^2 = ||A||_F^2.
         """
         if isinstance(probes, bool) or not isinstance(probes, int) or probes < 2:
             raise InvalidInput(f"probes: expected an integer of at least 2; got {probes!r}")
-        generator = torch.Generator("cpu").manual_seed(seed)
+        philox_probes = get_backend("auto", device=self.device, dtype=torch.float64).philox_probes
+        number, size = torch.zeros(1, dtype=torch.int64), self._template.numel()
         difference, norm = [], []
-        for _ in range(probes):
-            z = torch.randn((1, *self._template.shape), generator=generator, dtype=torch.float64)
-            z = z.to(self.device, self.dtype)
+        for i in range(probes):
+            z = philox_probes("normal", seed, number, i, 1, size, dtype=torch.float64, device=self.device)
+            z = z.reshape(1, *self._template.shape).to(self.dtype)
             forward = self._multiply(z).double()
             difference.append(float((forward - self._multiply_transposed(z).double()).square().sum()))
             norm.append(float(forward.square().sum()))
@@ -198,8 +201,7 @@ class ScoreJacobian(CurvatureOperator):
 
     @property
     def rounding(self) -> float:
-        low = self.linearization.precision == "bfloat16"
-        return torch.finfo(torch.bfloat16 if low else self.dtype).eps
+        return rounding_of(self.linearization.precision, self.dtype)
 
     def _multiply(self, vectors: Tensor) -> Tensor:
         return self.linearization.jvp(vectors)

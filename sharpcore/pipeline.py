@@ -112,7 +112,7 @@ class SharpnessScorer:
         if memory_budget is not None and not (is_number(memory_budget) and memory_budget > 0):
             raise InvalidInput(f"memory_budget: expected a positive number of bytes; got {memory_budget!r}")
         get_backend(backend, device="cpu", dtype=torch.float32)
-        check_precision(precision, pipe.unet.dtype)
+        check_precision(precision, pipe.unet.dtype, pipe.unet.device)
         schedule(pipe.scheduler, num_inference_steps)
         self.pipe = pipe
         self.num_inference_steps = num_inference_steps

@@ -8,11 +8,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+
 from sharpcore.arguments import check_prompts, check_seeds, check_steps, is_integer, is_number
 from sharpcore.curvature import CONDITIONS, Curvature, Products, Trajectories, latent_shape
 from sharpcore.eigenvalues import DENSE_VECTORS, METHODS, Numbers, compute
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
+from sharpcore.krylov.run import default_basis
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.table import Row, ScoreTable
 from sharpcore.trajectory import warn_if_cut
@@ -131,7 +134,7 @@ def spectrum(
         steps: indices into the timesteps of the pipeline's scheduler at `num_inference_steps`.
         seeds: a number n (seeds 42, ..., 42 + n - 1) or a list; seed s draws its latent alone, as in
             `SharpnessScorer`.
-        k: eigenvalues at each end.
+        k: eigenvalues at each end; where there are fewer than 2k, or fewer are found, half of them at each.
         condition: "prompt" for H(x, prompt), "none" for H(x, no prompt) at the same states, "difference" for
             H(x, prompt) - H(x, no prompt).
         method: "dense" multiplies with all d unit vectors (d <= 4096) and is exact; "lanczos" finds the ends
@@ -228,7 +231,11 @@ def iterate_spectra(
             raise InvalidInput(f"{name}: expected a positive number; got {limit!r}")
     how = Numbers(k, method, condition, block, tolerance, max_products, probes, depth, bool(eigenvalues))
     shape = latent_shape(pipe, latent_size)
-    chosen = how.method_for(math.prod(shape))
+    dimension = math.prod(shape)
+    chosen = how.method_for(dimension)
+    least = min(block, dimension)
+    if chosen == "lanczos" and max_products is not None and max_products < least:
+        raise InvalidInput(f"max_products: expected at least those of one block, {least}; got {max_products}")
     settings = {
         "steps": check_steps(steps, len(walk.timesteps)),
         "seeds": check_seeds(seeds),
@@ -345,10 +352,13 @@ class _Run:
             budget = math.inf if free is None else free / 2
         branches = 2 if self.how.condition == "difference" else 1
         sample, room = max(1, linearization.residual_bytes), budget - linearization.weight_bytes
-        if self.how.method_for(curvature.x[0].numel()) == "dense":
+        dimension = curvature.x[0].numel()
+        if self.how.method_for(dimension) == "dense":
             capacity = (room / sample - _WORKSPACE * DENSE_VECTORS) / branches
         else:
-            capacity = room / sample / (branches + _WORKSPACE * self.how.block)
+            rows = default_basis(dimension, min(2 * self.how.k, dimension), self.how.block)
+            basis = torch.float64.itemsize * dimension * rows
+            capacity = room / (sample * (branches + _WORKSPACE * self.how.block) + basis)
         self.most = max(1, int(min(_SAMPLES.get(device.type, _SAMPLES["cpu"]), capacity)))
 
     def _check_time(self) -> None:

@@ -3,15 +3,20 @@ vectors."""
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sharpcore.graphs import Recordings, graph_maker
 from sharpcore.plan import ADD, Log, Plan
 from sharpcore.program import Program
 from sharpcore.residuals import Residuals
+
+_MOVE = "move"
 
 
 class Workspace:
@@ -20,29 +25,70 @@ class Workspace:
     The first product with K vectors, in either direction, allocates as it goes and is watched; the next ones
     run in the places that were planned from it. Only one product at a time can: one that finds the workspace
     in use by another thread allocates as it goes.
+
+    On a GPU products are recorded as CUDA graphs instead, which share the memory of one pool, and so are
+    moves to another point: those write residuals to where they were, so that the graphs of products stay.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._lock = threading.Lock()
         self._plans: dict[tuple[int, bool], Plan | None] = {}
         self._memory: Tensor | None = None
+        make = graph_maker(device)
+        self._recordings = None if make is None else Recordings(make)
+        self._last: torch.cuda.Event | None = None  # the end of what was launched here last
 
     @property
     def nbytes(self) -> int:
         """Bytes that are kept between products."""
         return 0 if self._memory is None else self._memory.nbytes
 
-    def leave_point(self, program: Program) -> None:
-        """Let go of the maps of the point that is left, unless a product is running."""
-        if not self._lock.acquire(blocking=False):
+    @property
+    def refused(self) -> str:
+        """Why work was not recorded as a CUDA graph; empty where it was, or is not meant to be."""
+        refused = {} if self._recordings is None else self._recordings.refused
+        return next(iter(refused.values()), "")
+
+    @contextlib.contextmanager
+    def _turn(self, device: torch.device) -> Iterator[None]:
+        """What is launched in here comes after what was launched here before, on whatever stream."""
+        if device.type != "cuda":
+            yield
             return
-        try:
-            for plan in self._plans.values():
-                for instruction in plan.instructions if plan is not None else ():
-                    if instruction.node != ADD and not program.nodes[instruction.node].fixed:
-                        instruction.forget()
-        finally:
-            self._lock.release()
+        stream = torch.cuda.current_stream(device)
+        if self._last is not None:
+            stream.wait_event(self._last)
+        yield
+        self._last = stream.record_event()
+
+    def move(
+        self,
+        program: Program,
+        inputs: Sequence[Tensor],
+        replay: Callable[..., Tensor | None],
+        *,
+        segments: bool,
+    ) -> Tensor | None:
+        """Run `replay`, which takes `inputs` to the value at another point and makes the maps there anew.
+
+        Returns a copy of the value. `segments`: parts are run again in every product, so that memory comes
+        and goes.
+        """
+        with self._lock, self._turn(inputs[0].device):
+            recordings = None if segments else self._recordings
+            if recordings is None or not recordings.holds(_MOVE):
+                self._leave_point(program)
+            value = replay(*inputs) if recordings is None else recordings.run(_MOVE, inputs, replay)
+            return None if value is None else torch.empty_like(value).copy_(value)
+
+    def _leave_point(self, program: Program) -> None:
+        """Let go of the maps of the point that is left."""
+        if self._recordings is not None:
+            self._recordings.forget(but=_MOVE)
+        for plan in self._plans.values():
+            for instruction in plan.instructions if plan is not None else ():
+                if instruction.node != ADD and not program.nodes[instruction.node].fixed:
+                    instruction.forget()
 
     def product(
         self,
@@ -60,14 +106,23 @@ class Workspace:
             self._unplanned(program, maps, kernels, vectors, result, transposed, None)
             return
         try:
-            plan = self.plan(program, maps, kernels, vectors, result, transposed=transposed)
-            if plan is not None:
-                made = program.run(
-                    plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
-                )
-                result.copy_(made)
-                if result.is_cuda:  # another thread's stream may be next in the workspace
-                    torch.cuda.current_stream(result.device).synchronize()
+            with self._turn(vectors.device):
+                if self._recordings is not None and not maps.segments and not synchronize:
+                    product = program.pull if transposed else program.push
+                    made = self._recordings.run(
+                        (vectors.shape[0], transposed), (vectors,), lambda v: product(maps, kernels, v)
+                    )
+                    if made is None:
+                        result.zero_()
+                    else:
+                        result.copy_(made)
+                    return
+                plan = self.plan(program, maps, kernels, vectors, result, transposed=transposed)
+                if plan is not None:
+                    made = program.run(
+                        plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
+                    )
+                    result.copy_(made)
         finally:
             self._lock.release()
 

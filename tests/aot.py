@@ -12,22 +12,33 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+
 # Bytes of shared memory that one block may ask for.
 SHARED_LIMITS = {80: 163 * 1024, 86: 99 * 1024, 90: 227 * 1024}
 ARCHITECTURES = (80, 90)
+_POINTERS = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+}
 
 
 @dataclass(frozen=True)
 class Request:
     """One kernel of `sharpcore.kernels.<module>` with the types of its arguments.
 
-    `types` are Triton's ("*bf16", "i32", "fp32"); `constants` the values of its constexpr arguments, those of a
-    configuration included; `aligned` the arguments whose values are multiples of 16.
+    `types` are Triton's ("*bf16", "i32", "fp32"); `constants` the values of its constexpr arguments,
+    those of a configuration included; `aligned` the arguments whose values are multiples of 16.
     """
 
     module: str
@@ -42,8 +53,8 @@ class Request:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What ptxas says of a kernel: registers of a thread, bytes of its stack and of what it spills, and the shared
-    memory of a block."""
+    """What ptxas says of a kernel: registers of a thread, bytes of its stack and of what it spills, and the
+    shared memory of a block."""
 
     registers: int
     stack: int
@@ -60,6 +71,49 @@ class Compiled:
     def uses_tensor_cores(self) -> bool:
         """Whether matrix instructions are there."""
         return re.search(r"\b(mma\.sync|wgmma\.mma_async)", self.ptx) is not None
+
+
+def recorded(
+    module: Any, launch: Callable[[], None], architecture: int, *, configuration: int = 0
+) -> list[Request]:
+    """The kernels of a module that a launching function launches, with the types that its arguments give.
+
+    Tensors may be those of the meta device. `configuration` counts; kernels that have fewer are left out.
+    """
+    requests: list[Request] = []
+
+    def record(
+        kernel: Any,
+        _grid: Any,
+        arguments: Mapping[str, Any],
+        configurations: Sequence[Any],
+        _key: Sequence[str] = (),
+    ) -> None:
+        if configuration >= len(configurations):
+            return
+        chosen = configurations[configuration]
+        constants, types, aligned = dict(chosen.kwargs), {}, []
+        for name, value in arguments.items():
+            if isinstance(value, torch.Tensor):
+                types[name] = _POINTERS[value.dtype]
+                aligned.append(name)
+            elif value is None or name in kernel.fn.__annotations__ or (type(value) is int and value == 1):
+                constants[name] = value
+            elif isinstance(value, float):
+                types[name] = "fp32"
+            else:
+                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                aligned += [name] if value % 16 == 0 else []
+        stem = module.__name__.rpartition(".")[2]
+        name = kernel.fn.__name__
+        requests.append(
+            Request(stem, name, types, constants, chosen.num_warps, chosen.num_stages, architecture, aligned)
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "run", record)
+        launch()
+    return requests
 
 
 def compile_all(requests: Sequence[Request]) -> list[Compiled]:

@@ -56,7 +56,7 @@ def embed(tensor: Tensor, dim: int) -> Tensor:
     """The same values as every second slice along `dim` of a tensor of NaN."""
     size = list(tensor.shape)
     size[dim] *= 2
-    view = torch.full(size, float("nan"), dtype=tensor.dtype)
+    view = torch.full(size, float("nan"), dtype=tensor.dtype, device=tensor.device)
     index = tuple(slice(None, None, 2) if d == dim else slice(None) for d in range(tensor.ndim))
     view[index] = tensor
     return view[index]

@@ -311,6 +311,19 @@ def test_a_tolerance_below_the_operator_s_rounding_is_reported() -> None:
     assert float(solution.residuals.max()) < 1e-4
 
 
+@pytest.mark.parametrize("which", ["smallest", "largest", "magnitude"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_copies_are_found_with_a_tolerance_below_rounding(dtype, which: str) -> None:
+    a = MATRICES["degenerate"]
+    solution = arnoldi(a.to(dtype), 3, which, tolerance=0.0 if dtype is torch.float64 else 1e-8)
+    assert solution.result is Result.stagnated
+    off = (ranked(solution.values[0], which) - truth_of(a, 3, which)).abs()
+    # Measured 7e-15 and 2e-6 (their condition number is 3).
+    assert float(off.max()) <= 100 * torch.finfo(dtype).eps
+    assert float(solution.residuals.max()) <= 100 * torch.finfo(dtype).eps
+    assert solution.stats.products < len(a)
+
+
 def test_problems_that_end_at_different_steps() -> None:
     matrices = torch.stack([MATRICES["real"], 0 * MATRICES["real"], MATRICES["pairs"]])
     solution = arnoldi(matrices, 3, "both")
@@ -338,6 +351,29 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path) -> None:
     resumed, whole = arnoldi(a, **options, checkpoint=path), arnoldi(a, **options)
     torch.testing.assert_close(resumed.values, whole.values, rtol=1e-9, atol=1e-9)
     assert not path.exists()
+
+
+def test_a_run_is_saved_where_a_product_raises(tmp_path) -> None:
+    a, path = similar([pair(1.0 + i / 5, 0.1 * i) for i in range(40)]), tmp_path / "run.pt"
+    options = {"k": 3, "which": "largest", "max_basis": 24, "tolerance": 1e-8}
+    whole, verifying = arnoldi(a, **options), 0
+    assert whole.stats.restarts > 0
+    for when in range(0, whole.stats.steps, 5):
+        count = itertools.count()
+
+        def multiply(block: Tensor, count=count, when=when) -> Tensor:
+            if next(count) == when:
+                raise _Interrupted
+            return block @ a.mT
+
+        operator = BatchedOperator(multiply, samples=1, dimension=80, dtype=torch.float64, name="matrix")
+        with pytest.raises(_Interrupted):
+            arnoldi(operator, **options, checkpoint=path)
+        verifying += int(torch.load(path)["state"]["verified"][0]) >= 0
+        resumed = arnoldi(a, **options, checkpoint=path)
+        torch.testing.assert_close(resumed.values, whole.values, rtol=1e-7, atol=1e-7)
+        assert resumed.stats.products <= whole.stats.products + 1
+    assert verifying > 0
 
 
 def test_asymmetry_is_that_of_the_matrix_once_all_is_multiplied() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -140,34 +142,36 @@ def test_fresh_blocks_have_room_in_a_bounded_basis(block: int) -> None:
     check_pairs(a, solution, torch.full((6,), 2.0).double(), 1e-9)
 
 
-@pytest.mark.parametrize("name", ["line", "clustered", "degenerate", "rank one", "one outlier"])
+@pytest.mark.parametrize(
+    "name",
+    ["line", "clustered", "degenerate", "indefinite", "rank one", "one outlier", "zero", "1x1", "2x2"],
+)
 @pytest.mark.parametrize("block", [1, 3])
 @pytest.mark.parametrize("restart", [False, True])
 def test_decomposition_identity(name: str, block: int, restart: bool) -> None:
     a = matrix(SPECTRA[name], seed=2)
     d = len(a)
-    operator = as_batched(torch.stack([a, 2 * a, a + torch.eye(d)]).double())
+    matrices = torch.stack([a, 2 * a, a + torch.eye(d)])
+    operator = as_batched(matrices)
     krylov = Decomposition(3, d, 24, block, operator.device)
     start = probes("normal", 0, samples=range(3), count=block, dimension=d)
     krylov.append(start, torch.arange(3))
     for step in range(14):
-        if bool(krylov.full.any()):
-            if not restart:
-                break
-            for group, _, processed, _ in krylov.groups(torch.arange(3)):
-                h = krylov.projected[group, :processed, :processed]
-                weights = torch.linalg.eigh((h + h.mT) / 2).eigenvectors[..., : 8 + block]
-                krylov.contract(group, weights, torch.zeros(len(group), dtype=torch.int64))
+        if bool((krylov.processed == d).all()) or (bool(krylov.full.any()) and not restart):
+            break
+        for group, _, processed, _ in krylov.groups(krylov.full.nonzero().flatten()):
+            h = krylov.projected[group, :processed, :processed]
+            weights = torch.linalg.eigh((h + h.mT) / 2).eigenvectors[..., : 8 + block]
+            krylov.contract(group, weights, torch.zeros(len(group), dtype=torch.int64))
         krylov.extend(operator.multiply(krylov.active()), operator, 1e-10)
         ended = krylov.ended.nonzero().flatten()
         if len(ended):
             krylov.append(probes("normal", 1 + step, samples=range(3), count=block, dimension=d), ended)
-        for i in range(3):
+        for i, whole in enumerate(matrices):
             p, n = int(krylov.processed[i]), int(krylov.sizes[i])
             v, h = krylov.basis[i, :n], krylov.projected[i, :n, :p]
-            whole = operator._multiply(v[:p, None].expand(p, 3, d).contiguous())[:, i]
-            norm = float(torch.linalg.matrix_norm(a, 2)) * 2 + 1
-            assert float((whole - h.mT @ v).norm()) <= 1e-12 * norm
+            norm = float(torch.linalg.matrix_norm(whole, 2))
+            assert float((v[:p] @ whole - h.mT @ v).norm()) <= 1e-12 * norm
             assert float((v @ v.mT - torch.eye(n)).abs().max()) <= 1e-12
             assert n <= d
 
@@ -218,6 +222,33 @@ def test_a_tolerance_below_the_operator_s_rounding_is_reported() -> None:
     assert float(solution.residuals.max()) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("which", ["smallest", "largest", "both"])
+@pytest.mark.parametrize("block", [1, 2])
+def test_copies_are_found_with_a_tolerance_below_rounding(dtype, which: str, block: int) -> None:
+    """A closed sequence has no coupling left: it must not pass for all there is."""
+    a = matrix(SPECTRA["degenerate"])
+    tolerance = 0.0 if dtype is torch.float64 else 1e-8
+    solution = block_lanczos(a.to(dtype), 2, which, block=block, tolerance=tolerance)
+    assert solution.result is Result.stagnated
+    truth = extremes(torch.linalg.eigvalsh(a), 2, which)
+    # Measured 4e-15 and 1e-7.
+    assert float((solution.values[0] - truth).abs().max()) <= 100 * torch.finfo(dtype).eps
+    assert float(solution.residuals.max()) <= 100 * torch.finfo(dtype).eps
+    assert solution.stats.products < 40
+
+
+@pytest.mark.parametrize("max_basis", [None, 40])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 0.0), (torch.float32, 1e-13)])
+def test_a_run_ends_where_nothing_can_be_improved(dtype, tolerance: float, max_basis: int | None) -> None:
+    a = matrix(torch.linspace(-1, 1, 400).sign() * torch.linspace(-1, 1, 400).abs() ** 0.7).to(dtype)
+    solution = block_lanczos(a, 2, "smallest", tolerance=tolerance, max_basis=max_basis)
+    assert solution.result is Result.stagnated
+    assert float((solution.values[0] - torch.linalg.eigvalsh(a.double())[:2]).abs().max()) < 1e-6
+    # 4100 are allowed.
+    assert solution.stats.products < (300 if max_basis is None else 1500)
+
+
 def test_products_used_up_returns_the_best_pairs() -> None:
     a = matrix(SPECTRA["line"])
     solution = block_lanczos(a, 3, "both", max_products=20)
@@ -254,6 +285,23 @@ class _Interrupted(Exception):
     pass
 
 
+def interrupted(a: Tensor, when: int, error: BaseException) -> BatchedOperator:
+    """The operator of matrices [B, d, d], whose call number `when` raises, the transposed ones included."""
+    count = itertools.count()
+
+    def product(matrices: Tensor) -> Callable[[Tensor], Tensor]:
+        def multiply(block: Tensor) -> Tensor:
+            if next(count) == when:
+                raise error
+            return (block.transpose(0, 1) @ matrices).transpose(0, 1)
+
+        return multiply
+
+    return BatchedOperator(
+        product(a.mT), product(a), samples=len(a), dimension=a.shape[1], dtype=a.dtype, name="matrix"
+    )
+
+
 @pytest.mark.parametrize("max_basis", [None, 30])
 def test_a_run_goes_on_from_its_checkpoint(tmp_path, max_basis) -> None:
     a = matrix(SPECTRA["line"])
@@ -281,6 +329,44 @@ def test_a_run_goes_on_from_its_checkpoint(tmp_path, max_basis) -> None:
     path.write_text("nothing")
     with pytest.raises(InvalidInput, match="expected a file that this solver wrote"):
         block_lanczos(a, **options)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.OutOfMemoryError(), NonFiniteError("NaN")])
+def test_a_run_is_saved_where_a_product_raises(tmp_path, error) -> None:
+    """At any product: the first, while the pairs are verified, and with restarts in a batch."""
+    a = torch.stack([matrix(SPECTRA["line"], seed=i) * (1 + i) for i in range(2)])
+    path, verifying = tmp_path / "run.pt", 0
+    options = {"k": 2, "which": "largest", "max_basis": 24, "block": 2, "tolerance": 1e-6}
+    whole = block_lanczos(a, **options)
+    assert whole.stats.restarts > 0
+    for when in range(0, whole.stats.steps, 1 if isinstance(error, KeyboardInterrupt) else 9):
+        with pytest.raises(type(error)):
+            block_lanczos(interrupted(a, when, error), **options, checkpoint=path)
+        verifying += bool((torch.load(path)["state"]["verified"] >= 0).any())
+        resumed = block_lanczos(a, **options, checkpoint=path)
+        assert resumed.results == (Result.converged,) * 2
+        torch.testing.assert_close(resumed.values, whole.values, rtol=1e-11, atol=1e-11)
+        # A product checks that the operator is the same; verification does not begin again.
+        assert resumed.stats.products == whole.stats.products + (when > 0)
+        assert not path.exists()
+    assert verifying > 0
+
+
+def test_times_of_a_resumed_run_are_those_of_all_its_parts(tmp_path) -> None:
+    a, path = matrix(SPECTRA["line"])[None], tmp_path / "run.pt"
+    slow, quick = interrupted(a, 40, KeyboardInterrupt()), interrupted(a, -1, KeyboardInterrupt())
+    multiply = slow._multiply
+
+    def sleeping(block: Tensor) -> Tensor:
+        time.sleep(0.005)
+        return multiply(block)
+
+    slow._multiply = sleeping
+    with pytest.raises(KeyboardInterrupt):
+        block_lanczos(slow, 2, checkpoint=path)
+    stats = block_lanczos(quick, 2, checkpoint=path).stats
+    assert stats.seconds >= stats.operator_seconds >= 40 * 0.005
+    assert 0 <= stats.overhead <= 1
 
 
 def test_an_operator_that_is_not_symmetric_is_refused() -> None:
@@ -393,6 +479,14 @@ def test_no_more_products_than_allowed(limit: int, block: int) -> None:
 def test_bad_arguments(options: dict, message: str) -> None:
     with pytest.raises(InvalidInput, match=message):
         block_lanczos(matrix(SPECTRA["line"]), **options)
+
+
+def test_integers_of_numpy_will_do() -> None:
+    a = matrix(SPECTRA["line"])
+    options = {"k": 3, "block": 2, "max_basis": 40, "max_products": 90, "seed": 4, "sample_ids": [7]}
+    same = {name: np.int64(value) for name, value in options.items() if name != "sample_ids"}
+    ours = block_lanczos(a, **same, sample_ids=[np.int32(7)])
+    assert torch.equal(ours.values, block_lanczos(a, **options).values)
 
 
 @pytest.mark.parametrize(

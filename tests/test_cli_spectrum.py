@@ -149,6 +149,7 @@ def test_bad_arguments_of_the_solver_leave_no_file(model, tmp_path):
         (["--method", "exact"], "method: expected one of auto, dense, lanczos"),
         (["--condition", "both"], "condition: expected one of"),
         (["-k", "300"], "k: expected at most the 256 entries"),
+        (["--method", "lanczos", "--max-products", "3"], "max_products: expected at least those of one"),
     ):
         result = run("spectrum", path, "-o", tmp_path / "o.csv", "--model", model, *options)
         assert result.exit_code == 2

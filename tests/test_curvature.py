@@ -116,6 +116,8 @@ def test_eps_units(double_sd2):
         for units in ("score", "eps")
     )
     assert torch.allclose(eps.score, -score.sigma * score.score, rtol=1e-12)
+    assert score.noise_curvature == pytest.approx(-1 / score.sigma**2)
+    assert eps.noise_curvature == pytest.approx(-score.sigma * score.noise_curvature)
     v = torch.ones_like(score.x)
     assert torch.allclose(eps.hessian @ v, -score.sigma * (score.hessian @ v), atol=1e-12)
     with pytest.raises(InvalidInput, match='posterior_mean: expected units="score"'):

@@ -214,6 +214,65 @@ def test_float32_products() -> None:
     assert float(below.residuals.max()) < 1e-5
 
 
+@pytest.mark.parametrize("which", ["smallest", "largest", "both"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_copies_are_found_with_a_tolerance_below_rounding(dtype, which: str) -> None:
+    a = matrix(VALUES["degenerate"])
+    solution = golub_kahan(a.to(dtype), 2, which, tolerance=0.0 if dtype is torch.float64 else 1e-8)
+    assert solution.result is Result.stagnated
+    truth = extremes(torch.linalg.svdvals(a).flip(0), 2, which)
+    assert float((solution.values[0] - truth).abs().max()) <= 100 * torch.finfo(dtype).eps
+    assert solution.stats.products < 2 * len(a)
+
+
+class _Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_a_run_goes_on_from_where_a_product_raised(tmp_path, block: int) -> None:
+    """Products and transposed ones, with restarts in a batch and with bases of different sizes."""
+    a, path = (
+        torch.stack([matrix(VALUES["line"]), matrix(VALUES["degenerate"].repeat(3)[:60])]),
+        tmp_path / "run.pt",
+    )
+    options = {"k": 3, "max_basis": 24, "block": block, "tolerance": 1e-8}
+    whole, verifying = golub_kahan(a, **options), 0
+    assert whole.stats.restarts > 0
+    for when in range(0, whole.stats.steps, 3):
+        count = itertools.count()
+
+        def product(matrices: Tensor, count=count, when=when):
+            def multiply(block: Tensor) -> Tensor:
+                if next(count) == when:
+                    raise _Interrupted
+                return (block.transpose(0, 1) @ matrices).transpose(0, 1)
+
+            return multiply
+
+        operator = BatchedOperator(
+            product(a.mT), product(a), samples=2, dimension=60, dtype=torch.float64, name="matrix"
+        )
+        with pytest.raises(_Interrupted):
+            golub_kahan(operator, **options, checkpoint=path)
+        verifying += bool((torch.load(path)["state"]["verified"] >= 0).any())
+        if when == 12:
+            with pytest.raises(InvalidInput, match="another operator"):
+                golub_kahan(a.flip(0), **options, checkpoint=path)
+            with pytest.raises(InvalidInput, match=r"other arguments .*plan"):
+                golub_kahan(a, 4, max_basis=24, block=block, tolerance=1e-8, checkpoint=path)
+        resumed = golub_kahan(a, **options, checkpoint=path)
+        assert resumed.results == whole.results == (Result.converged,) * 2
+        torch.testing.assert_close(resumed.values, whole.values, rtol=1e-8, atol=1e-8)
+        # Of equal values the vectors are random.
+        torch.testing.assert_close(resumed.left[0], whole.left[0], rtol=1e-6, atol=1e-6)
+        # One product checks the operator. Those before a transposed one that raised are made again: a block,
+        # and the vector that verifies.
+        assert resumed.stats.products <= whole.stats.products + 1 + block + 1
+        assert not path.exists()
+    assert verifying > 0
+
+
 def test_an_invariant_subspace_is_named_where_it_stops() -> None:
     stopped = golub_kahan(matrix(VALUES["orthogonal"]), 3, on_breakdown="stop")
     assert stopped.result is Result.invariant_subspace

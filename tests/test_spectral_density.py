@@ -350,6 +350,48 @@ def test_curves_of_samples_on_grids_of_their_own():
         torch.testing.assert_close(curve.standard_error[i], alone.standard_error[i])
 
 
+def test_numbers_of_each_sample():
+    values = torch.stack([SPECTRA["indefinite"], SPECTRA["indefinite"] * 10 - 3])
+    density = spectral_density(torch.stack([with_spectrum(each) for each in values]), steps=16)
+    for name, numbers in (
+        ("mass_above", [0.5, -8.0]), ("effective_dimension", [0.5, 8.0]), ("smooth_count", [0.5, 8.0]),
+        ("log_det", [8.0, 9.0]), ("count_below", [0.5, -8.0]),
+    ):  # fmt: skip
+        estimator = getattr(density, name)
+        estimate = estimator(torch.tensor(numbers))
+        for i, number in enumerate(numbers):
+            alone = estimator(number)
+            assert float(estimate.value[i]) == float(alone.value[i])
+            assert float(estimate.standard_error[i]) == float(alone.standard_error[i])
+    with pytest.raises(InvalidInput, match=r"shift: .*; 5 is not above .* of sample 1"):
+        density.log_det(torch.tensor([2.0, 5.0]))
+
+
+def test_a_whole_spectrum_has_no_errors():
+    values = torch.stack([SPECTRA["degenerate"], SPECTRA["indefinite"] - 0.2])
+    density = Density.of(values)
+    assert torch.equal(density.count_above(0.0).value, (values >= 0).sum(1).double())
+    assert torch.equal(density.count_below(-1.0).value, (values < -1).sum(1).double())
+    sigma = torch.tensor([0.9, 1.5]).double()
+    filtered = 1 / (1 + (values.abs() * sigma[:, None].square() / 0.7) ** 4)
+    for estimate, truth in (
+        (density.mass_above(0.1), (values - 0.1).clamp_min(0)),
+        (density.apply(torch.exp), values.exp()),
+        (density.log_det(3.0), (3 - values).log()),
+        (density.effective_dimension(0.3), values.abs() / (values.abs() + 0.3)),
+        (lhsd(density, sigma), filtered),
+    ):
+        torch.testing.assert_close(estimate.value, truth.sum(1), rtol=1e-14, atol=1e-14)
+        assert estimate.standard_error.tolist() == [0.0, 0.0]
+    grid, curve, error = density.curve(width=0.3)
+    kernels = torch.exp(-((grid[:, None] - values[:, None]) ** 2) / 0.18) / (0.3 * (2 * torch.pi) ** 0.5)
+    torch.testing.assert_close(curve, kernels.mean(2), rtol=1e-13, atol=1e-15)
+    assert float(error.max()) == 0
+    for bad in (values[0], values.to(torch.complex128), values * float("nan"), [[1.0]], values[:, :0]):
+        with pytest.raises(InvalidInput, match=r"eigenvalues: expected \[B, d\]"):
+            Density.of(bad)
+
+
 def test_repr():
     density = spectral_density(with_spectrum(SPECTRA["outlier"]), steps=12)
     assert "1 x 40 eigenvalues, 8 rules of 12 nodes" in repr(density)
@@ -377,6 +419,9 @@ MATRIX = torch.diag(torch.tensor([1.0, 2, 3, 4, 5, 6]).double())
         (lambda: spectral_density(MATRIX).apply(3), "f"),
         (lambda: spectral_density(MATRIX).apply(torch.sum), "f"),
         (lambda: spectral_density(MATRIX).mass_above(float("inf")), "x"),
+        (lambda: spectral_density(MATRIX).mass_above(torch.zeros(2)), "x"),
+        (lambda: spectral_density(MATRIX).effective_dimension(torch.zeros(1)), "scale"),
+        (lambda: spectral_density(MATRIX).log_det(torch.full((1,), torch.inf)), "shift"),
         (lambda: spectral_density(MATRIX).effective_dimension(0.0), "scale"),
         (lambda: spectral_density(MATRIX).smooth_count(-1.0), "threshold"),
         (lambda: spectral_density(MATRIX).smooth_count(1.0, 0), "order"),

@@ -10,7 +10,9 @@ import torch
 
 from sharpcore import curvature_at, spectrum
 from sharpcore.curvature import Trajectories
+from sharpcore.eigenvalues import _watched
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
+from sharpcore.krylov import as_batched
 from sharpcore.report.spectra import plot_densities, plot_groups, plot_steps
 from sharpcore.spectra import SpectrumTable, iterate_spectra
 
@@ -168,6 +170,34 @@ def test_lanczos_says_when_it_has_not_converged(sd2_pipe):
     assert row["nonnegative"] > 0
 
 
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [({"method": "lanczos", "max_products": 9, "block": 3, "k": 10}, 9), ({"k": 200}, 256)],
+)
+def test_no_pair_is_of_both_ends(sd2_pipe, options, found):
+    options = SMALL | {"steps": (3,), "seeds": 1} | options
+    (row,) = spectrum(sd2_pipe, PROMPTS[:1], depth=8, **options)
+    low, high = row["smallest"], row["largest"]
+    assert len(low) + len(high) == len(set(low + high)) == found
+    assert abs(len(low) - len(high)) <= 1
+    assert low == sorted(low)
+    assert high == sorted(high, reverse=True)
+    assert low[-1] < high[-1]
+    assert (row["smallest_eigenvalue"], row["largest_eigenvalue"]) == (low[0], high[0])
+    assert [len(row[f"{end}_residuals"]) for end in ("smallest", "largest")] == [len(low), len(high)]
+
+
+def test_products_are_searched_for_nan_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr("sharpcore.krylov.operator.checking", lambda: calls.append("nan") or True)
+    watched = as_batched(_watched(as_batched(torch.eye(4)), lambda: calls.append("time")))
+    watched.multiply(torch.ones(2, 1, 4))
+    watched.multiply_transposed(torch.ones(2, 1, 4))
+    assert calls == ["time", "nan"] * 2
+    with pytest.raises(NonFiniteError, match="matrix: NaN or infinity in its product number 4 of sample 0"):
+        watched.multiply(torch.full((1, 1, 4), float("nan")))
+
+
 # --- batches, errors, limits --------------------------------------------------------------------------------
 
 
@@ -281,6 +311,7 @@ def test_rows_come_prompt_by_prompt(sd2_pipe, work):
         ({"probes": 1}, "probes: expected an integer of at least 2"),
         ({"tolerance": -1e-3}, "tolerance: expected a positive number"),
         ({"max_products": 0}, "max_products: expected a positive integer"),
+        ({"max_products": 3, "method": "lanczos"}, "max_products: expected at least those of one block, 4"),
         ({"time_limit": math.inf}, "time_limit: expected a positive number"),
         ({"on_error": "ignore"}, "on_error: expected 'raise' or 'record'"),
         ({"latent_size": 8}, "latent_size: expected"),
@@ -288,7 +319,7 @@ def test_rows_come_prompt_by_prompt(sd2_pipe, work):
 )
 def test_bad_arguments(sd2_pipe, options, message):
     with pytest.raises(InvalidInput, match=message):
-        spectrum(sd2_pipe, PROMPTS, **SMALL | options)
+        iterate_spectra(sd2_pipe, PROMPTS, **SMALL | options)  # before the first row is asked for
     with pytest.raises(InvalidInput, match="prompts: expected a list of strings; got str"):
         spectrum(sd2_pipe, "a prompt", **SMALL)
 

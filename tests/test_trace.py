@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from estimates import (
@@ -294,6 +295,13 @@ def test_one_problem_of_all_samples():
     each = trace(Hessian(lin), products=6)
     assert whole.value.shape == (1,)
     torch.testing.assert_close(whole.value[0], each.value.sum())
+
+
+def test_integers_of_numpy_will_do():
+    matrix, number = unsymmetric(), np.int64
+    ours = trace(matrix, products=number(20), seed=number(3), block=number(4), sample_ids=[number(2)])
+    assert torch.equal(ours.value, trace(matrix, products=20, seed=3, block=4, sample_ids=[2]).value)
+    assert trace_power(matrix, number(2), products=number(8)).products == 8
 
 
 MATRIX = torch.eye(8, dtype=torch.float64)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -61,7 +60,6 @@ def arnoldi(
         InvalidInput: bad arguments, or a checkpoint of another run.
         NonFiniteError: a product is NaN or infinite.
     """
-    began = time.perf_counter()
     op = as_batched(operator, batched)
     plan = make_plan(
         op, k, which, block, tolerance, max_products, max_basis, on_breakdown, seed, sample_ids, None,
@@ -69,7 +67,7 @@ def arnoldi(
     )  # fmt: skip
     run = _Arnoldi(op, plan, vectors, None if checkpoint is None else Path(checkpoint), progress)
     run.go()
-    return run.solution(began)
+    return run.solution()
 
 
 class _Arnoldi(Run):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,8 +60,8 @@ def block_lanczos(
         symmetry_tolerance: the asymmetry ||T - T^T|| / ||T|| of the projected operator beyond which it is
             refused (default: 1e-8, 1e-3 or 0.1 by the precision of the products).
         batched: see `as_batched`.
-        checkpoint: a file that the run is saved to at every eighth look at the pairs, and resumed from where
-            it exists; deleted at the end.
+        checkpoint: a file that the run is saved to at every eighth look at the pairs and where a product
+            raises (Ctrl-C, NaN, memory), and resumed from where it exists; deleted at the end.
         progress: called after each look at the Ritz pairs.
 
     Returns:
@@ -74,7 +73,6 @@ def block_lanczos(
         InvalidInput: bad arguments; an operator that is not symmetric; a checkpoint of another run.
         NonFiniteError: a product is NaN or infinite.
     """
-    began = time.perf_counter()
     op = as_batched(operator, batched)
     plan = make_plan(
         op, k, which, block, tolerance, max_products, max_basis, on_breakdown, seed, sample_ids,
@@ -82,7 +80,7 @@ def block_lanczos(
     )  # fmt: skip
     run = _Lanczos(op, plan, vectors, None if checkpoint is None else Path(checkpoint), progress)
     run.go()
-    return run.solution(began)
+    return run.solution()
 
 
 class _Lanczos(Run):

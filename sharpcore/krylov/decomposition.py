@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.backends.reference.grow_basis import Growth
-from sharpcore.errors import InvalidInput
+from sharpcore.backends.reference.lanczos_step import NOT_FINITE, LanczosState
+from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.krylov.operator import BatchedOperator, closing_share
+from sharpcore.linearization import unchecked
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,9 @@ class Decomposition:
     operator is, and residuals are those of the products as they were computed.
     """
 
+    #: What has a place for every row of the bases, [B, M, ...].
+    of_rows: ClassVar[tuple[str, ...]] = ("basis", "projected", "lost")
+
     def __init__(self, samples: int, dimension: int, rows: int, block: int, device: torch.device) -> None:
         self.block, self.limit = block, min(rows, dimension)
         self.basis = torch.zeros(samples, rows, dimension, dtype=torch.float64, device=device)
@@ -63,7 +68,8 @@ class Decomposition:
         self.frozen = torch.zeros(samples, dtype=torch.bool)
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
-        self._grow = get_backend("auto", device=device, dtype=torch.float64).grow_basis
+        self._kernels = get_backend("auto", device=device, dtype=torch.float64)
+        self._grow = self._kernels.grow_basis
 
     def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
         """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
@@ -96,10 +102,7 @@ class Decomposition:
         largest = torch.linalg.vector_norm(products, dim=2, dtype=torch.float64).amax(0).cpu()
         peak = products.abs().amax((0, 2)).cpu()
         if bool(((peak > 0) & ((peak > 1e140) | (peak < 1e-140))).any()):
-            raise InvalidInput(
-                "operator: expected one whose products have entries between 1e-140 and 1e140, as their "
-                f"squares must be float64 numbers; got entries up to {float(peak.max()):.2g}: scale it"
-            )
+            raise InvalidInput(f"{_OUT_OF_RANGE}; got entries up to {float(peak.max()):.2g}")
         self.norm = torch.where(self.frozen, self.norm, torch.maximum(self.norm, largest))
 
     def closing(self, operator: BatchedOperator) -> Tensor:
@@ -121,13 +124,50 @@ class Decomposition:
         self.sizes = self.sizes + growth.ranks
         ended = (torch.linalg.matrix_norm(triangle) <= closing) & ~self.frozen
         self.breakdowns += ended
-        for i in ended.nonzero().flatten().tolist():
+        if bool(ended.any()):
             # A coupling of rounding alone is no direction of the old sequence: the next one begins afresh.
-            n = int(self.processed[i])
-            coupling = torch.linalg.vector_norm(self.projected[i, n:, :n], dim=0)
-            self.lost[i, :n] = self.lost[i, :n].hypot(coupling)
-            self.projected[i, n:] = 0
-            self.sizes[i] = n
+            below = torch.arange(self.projected.shape[1]) >= self.processed[ended, None]
+            coupling = self.projected[ended] * below[:, :, None]
+            self.lost[ended] = self.lost[ended].hypot(torch.linalg.vector_norm(coupling, dim=1))
+            self.projected[ended] -= coupling
+            self.sizes[ended] = self.processed[ended]
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether the device takes steps on its own: see `go_ahead`."""
+        return self._kernels.name == "cuda"
+
+    def go_ahead(self, operator: BatchedOperator, tolerance: float, steps: int) -> None:
+        """Multiply and `extend` so many times without waiting for the device.
+
+        There must be room for what that adds. A sequence that closes meanwhile waits for the end. Raises as
+        the products and `observe` do, once all steps are done.
+        """
+        device, names = self.basis.device, ("projected", "lost", *_STEPPED, "frozen")
+        state = LanczosState(
+            basis=self.basis,
+            **{name: getattr(self, name).to(device, copy=True) for name in names},
+            faults=torch.zeros(len(self.sizes), dtype=torch.int64, device=device),
+        )
+        block = self.active().to(device, operator.dtype).contiguous()
+        with unchecked():
+            for _ in range(steps):
+                block = self._kernels.lanczos_step(
+                    state,
+                    operator.multiply(block),
+                    share=closing_share(operator.rounding),
+                    tolerance=tolerance,
+                    limit=self.limit,
+                    out=torch.empty_like(block),
+                )
+        faults = state.faults.cpu()
+        if bool((faults == NOT_FINITE).any()):
+            sample = int((faults == NOT_FINITE).nonzero()[0])
+            raise NonFiniteError(f"{operator.name}: NaN or infinity in a product of sample {sample}")
+        if bool(faults.any()):
+            raise InvalidInput(_OUT_OF_RANGE)
+        for name in names:
+            setattr(self, name, getattr(state, name).cpu())
 
     def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
         """Write a growth into the columns processed, processed + 1, ... of `matrix` [B, M, M]: coefficients
@@ -217,25 +257,28 @@ class Decomposition:
         self.restarts += 1
 
     def state(self) -> dict[str, Any]:
-        """All that a later process needs to go on; see `load_state`."""
+        """All that a later process needs to go on, on the CPU; see `load_state`."""
         rows = int(self.sizes.max())
-        return {
-            "basis": self.basis[:, :rows].clone(),
-            "projected": self.projected[:, :rows, :rows].clone(),
-            "lost": self.lost[:, :rows].clone(),
-            **{name: getattr(self, name) for name in _COUNTERS},
+        # One sample after the other, as this may be called when a device's memory is used up.
+        parts = {
+            name: torch.stack([each.cpu() for each in getattr(self, name)[:, :rows]]) for name in self.of_rows
         }
+        return parts | {name: getattr(self, name) for name in _COUNTERS}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Go on where `state` was taken."""
-        rows = state["basis"].shape[1]
-        self.basis[:, :rows] = state["basis"]
-        self.projected[:, :rows, :rows] = state["projected"]
-        self.lost[:, :rows] = state["lost"]
+        for name in self.of_rows:
+            getattr(self, name)[:, : state[name].shape[1]] = state[name]
         for name in _COUNTERS:
             setattr(self, name, state[name])
 
 
+_OUT_OF_RANGE = (
+    "operator: expected one whose products have entries between 1e-140 and 1e140, as their squares must be "
+    "float64 numbers: scale it"
+)
+# What a step changes beside the basis and its projections.
+_STEPPED = ("norm", "sizes", "processed", "multiplied", "deflated", "breakdowns")
 _COUNTERS = (
     "processed",
     "sizes",
@@ -243,6 +286,7 @@ _COUNTERS = (
     "sequences",
     "breakdowns",
     "deflated",
+    "multiplied",
     "frozen",
     "norm",
     "restarts",

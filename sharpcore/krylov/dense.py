@@ -111,7 +111,7 @@ def _matrices(
     op: BatchedOperator, block: int | None, most: int, progress: Callable[[int], None] | None
 ) -> Tensor:
     samples, dimension = op.samples, op.dimension
-    check_count("most", most, 1, None, "")
+    most = check_count("most", most, 1, None, "")
     if dimension > most:
         size = samples * dimension**2 * 8 / 2**30
         raise InvalidInput(
@@ -120,7 +120,7 @@ def _matrices(
             "spectral_density for the rest, or raise `most`"
         )
     count = max(1, _VECTORS // samples) if block is None else block
-    check_count("block", count, 1, None, "")
+    count = check_count("block", count, 1, None, "")
     out = torch.empty(samples, dimension, dimension, dtype=torch.float64, device=op.device)
     for first in range(0, dimension, count):
         columns = torch.arange(first, min(first + count, dimension), device=op.device)

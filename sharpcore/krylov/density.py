@@ -66,7 +66,7 @@ def spectral_density(
         seed, sample_ids: of the probes; a sample's rules do not depend on its batch.
         block: runs multiplied at once for each sample (default: all); memory is block x steps x d numbers.
         symmetry_tolerance: largest ||H - H^T|| / ||H|| of the projected operator (default: 1e-8, 1e-3 or 0.1
-            by the precision of the products).
+            by the precision of the products). One step projects on one vector, and shows none.
         batched: see `as_batched`.
 
     Returns:
@@ -76,8 +76,8 @@ def spectral_density(
         InvalidInput: arguments do not fit; an operator that is not symmetric.
         NonFiniteError: a product is not finite.
     """
-    check_count("probes", probes, 2 if kind == "rademacher" else 1, None, "")
-    check_count("steps", steps, 1, None, "")
+    probes = check_count("probes", probes, 2 if kind == "rademacher" else 1, None, "")
+    steps = check_count("steps", steps, 1, None, "")
     target = Probed(
         operator,
         kind=kind,
@@ -141,6 +141,38 @@ class Density:
         """Random vectors of each sample."""
         return self.nodes.shape[1]
 
+    @classmethod
+    def of(cls, eigenvalues: Tensor) -> Density:
+        """Of operators all of whose eigenvalues [B, d] are known: the same numbers, without an error.
+
+        Raises InvalidInput where they are not [B, d] finite real numbers.
+        """
+        if (
+            not isinstance(eigenvalues, Tensor)
+            or eigenvalues.dim() != 2
+            or eigenvalues.numel() == 0
+            or eigenvalues.is_complex()
+            or not bool(torch.isfinite(eigenvalues).all())
+        ):
+            raise InvalidInput(f"eigenvalues: expected [B, d] finite real numbers; got {eigenvalues!r}")
+        values = eigenvalues.to(torch.float64)
+        # A rule without weight: nothing is left to it.
+        nodes, nothing = values[:, None, :1], torch.zeros_like(values[:, None, :1])
+        rules = Rules(
+            nodes=nodes,
+            weights=nothing,
+            widths=nothing,
+            raw_weights=nothing,
+            coarse_nodes=nodes,
+            coarse_weights=nothing,
+            eigenvalues=values,
+            eigenvalue_widths=torch.zeros_like(values),
+            multiplicities=torch.ones_like(values),
+            free=nothing[:, 0, 0],
+            rounding=nothing[:, 0, 0],
+        )
+        return cls(rules, values.shape[1], "sphere", 0, 0.0)
+
     def __repr__(self) -> str:
         samples, probes, steps = self.nodes.shape
         exact = self.multiplicities.sum(1)
@@ -187,13 +219,16 @@ class Density:
         """The number of eigenvalues < x, [B]: d - count_above(x)."""
         return self._count(x, above=False)
 
-    def mass_above(self, x: float = 0.0) -> Estimate:
-        """The sum of l - x over the eigenvalues l > x, [B]: for x = 0 the sum of the positive ones."""
-        x = _number("x", x)
-        return self.apply(lambda values: (values - x).clamp_min(0))
+    def mass_above(self, x: float | Tensor = 0.0) -> Estimate:
+        """The sum of l - x over the eigenvalues l > x, [B]: for x = 0 the sum of the positive ones.
 
-    def log_det(self, shift: float | None = None) -> Estimate:
-        """log |det A|, or log det(shift I - A) where a shift is given, [B].
+        `x` is a number or [B].
+        """
+        edge = self._per_sample("x", x, finite=True)
+        return self.apply(lambda values: (values - _beside(edge, values)).clamp_min(0))
+
+    def log_det(self, shift: float | Tensor | None = None) -> Estimate:
+        """log |det A|, or log det(shift I - A) where a shift is given, a number or [B]; [B].
 
         `log_det(0.0)` is log det(-A), the one of a negative definite Hessian. Where the spectrum lies on both
         sides of zero log |l| has its pole among the eigenvalues: the estimate is uncertain, and its standard
@@ -218,20 +253,23 @@ class Density:
                     f"log_det: expected a regular operator; that of sample {sample} is singular"
                 )
             return self.apply(lambda values: values.abs().log())
-        shift = _number("shift", shift)
-        indefinite = high >= shift - allowed
+        above = self._per_sample("shift", shift, finite=True)
+        indefinite = high >= above - allowed
         if bool(indefinite.any()):
             sample = int(indefinite.nonzero()[0])
             raise InvalidInput(
-                f"shift: expected a number above all eigenvalues; {shift:g} is not above "
+                f"shift: expected a number above all eigenvalues; {float(above[sample]):g} is not above "
                 f"{float(high[sample]):.6g} of sample {sample}"
             )
-        return self.apply(lambda values: (shift - values).log())
+        return self.apply(lambda values: (_beside(above, values) - values).log())
 
-    def effective_dimension(self, scale: float) -> Estimate:
-        """Sum of |l| / (|l| + scale), [B]: how many eigenvalues are large beside `scale` (MacKay 1992)."""
-        scale = _number("scale", scale, positive=True)
-        return self.apply(lambda values: values.abs() / (values.abs() + scale))
+    def effective_dimension(self, scale: float | Tensor) -> Estimate:
+        """Sum of |l| / (|l| + scale), [B]: how many eigenvalues are large beside `scale` (MacKay 1992).
+
+        `scale` > 0 is a number or [B].
+        """
+        size = self._per_sample("scale", scale, positive=True)
+        return self.apply(lambda values: values.abs() / (values.abs() + _beside(size, values)))
 
     def smooth_count(self, threshold: float | Tensor, order: float = 4.0) -> Estimate:
         """Sum of 1 / (1 + (|l| / threshold)^order), [B]: how many eigenvalues are near zero (Hill's filter).
@@ -241,11 +279,7 @@ class Density:
         """
         order = _number("order", order, positive=True)
         limit = self._per_sample("threshold", threshold, positive=True)
-
-        def filtered(values: Tensor) -> Tensor:
-            return 1 / (1 + (values.abs() / limit.reshape(-1, *[1] * (values.dim() - 1))) ** order)
-
-        return self.apply(filtered)
+        return self.apply(lambda values: 1 / (1 + (values.abs() / _beside(limit, values)) ** order))
 
     def curve(self, grid: Tensor | None = None, width: float | Tensor | None = None) -> Curve:
         """The density of eigenvalues, smoothed by a normal kernel of standard deviation `width`.
@@ -286,9 +320,8 @@ class Density:
         rules = self.rules
 
         def kernel(values: Tensor, further: Tensor | float = 0.0) -> Tensor:
-            shape = (-1, *[1] * (values.dim() - 1))
-            spread = (width.reshape(shape) ** 2 + further).sqrt()
-            return _normal((values - point.reshape(shape)) / spread) / spread
+            spread = (_beside(width, values).square() + further).sqrt()
+            return _normal((values - _beside(point, values)) / spread) / spread
 
         # Narrower kernels than the nodes' cells would show the nodes, not the eigenvalues.
         wide = kernel(rules.nodes, rules.widths.square() / 3)
@@ -305,7 +338,7 @@ class Density:
     def _count(self, x: float | Tensor, above: bool) -> Estimate:
         rules, x = self.rules, self._per_sample("x", x)
         nodes, known = (
-            _ramp(values - x.reshape(-1, *[1] * (values.dim() - 1)), widths)
+            _ramp(values - _beside(x, values), widths)
             for values, widths in ((rules.nodes, rules.widths), (rules.eigenvalues, rules.eigenvalue_widths))
         )
         weights, distance = rules.weights, rules.nodes - x[:, None, None]
@@ -363,7 +396,9 @@ class Density:
             spread = (2 * variance * free / (free + 2) / self.probes).sqrt()
         return Estimate(exact + mean, torch.hypot(spread, error), self.probes, self.products)
 
-    def _per_sample(self, name: str, value: float | Tensor, positive: bool = False) -> Tensor:
+    def _per_sample(
+        self, name: str, value: float | Tensor, *, positive: bool = False, finite: bool = False
+    ) -> Tensor:
         samples = len(self.nodes)
         try:
             numbers = torch.as_tensor(value, dtype=torch.float64, device=self.nodes.device)
@@ -371,9 +406,16 @@ class Density:
             raise InvalidInput(f"{name}: expected a number or [B] numbers; got {value!r}") from error
         if numbers.shape not in ((), (samples,)) or bool(numbers.isnan().any()):
             raise InvalidInput(f"{name}: expected a number or {samples} of them; got {value!r}")
-        if positive and not bool(((numbers > 0) & numbers.isfinite()).all()):
+        if (positive or finite) and not bool(numbers.isfinite().all()):
+            raise InvalidInput(f"{name}: expected finite numbers; got {value!r}")
+        if positive and not bool((numbers > 0).all()):
             raise InvalidInput(f"{name}: expected positive numbers; got {value!r}")
         return numbers.expand(samples)
+
+
+def _beside(numbers: Tensor, values: Tensor) -> Tensor:
+    """[B] numbers in a shape that goes with values [B, ...]."""
+    return numbers.reshape(-1, *[1] * (values.dim() - 1))
 
 
 def _ramp(distance: Tensor, widths: Tensor) -> Tensor:

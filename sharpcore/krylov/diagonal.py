@@ -60,7 +60,7 @@ def diagonal(
         "batched": batched,
     }  # fmt: skip
     target = Probed(operator, **options) if minus is None else Difference(operator, minus, **options)
-    check_count("products", products, 1, None, "")
+    products = check_count("products", products, 1, None, "")
     if method == "xdiag" and products >= target.dimension:
         value, error = _exact(target)
         probes = target.dimension

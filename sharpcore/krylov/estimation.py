@@ -52,9 +52,8 @@ class Probed:
         self.op = as_batched(operator, batched)
         if kind not in KINDS:
             raise InvalidInput(f"kind: expected one of {', '.join(KINDS)}; got {kind!r}")
-        check_count("seed", seed, 0, 2**63 - 1, "")
-        check_count("block", block, 1, None, "")
-        self.kind, self.seed, self.block = kind, seed, block
+        self.kind, self.seed = kind, check_count("seed", seed, 0, 2**63 - 1, "")
+        self.block = check_count("block", block, 1, None, "")
         self.samples, self.dimension, self.device = self.op.samples, self.op.dimension, self.op.device
         self.sample_ids = sample_numbers(sample_ids, self.samples)
         self.shift = _shifts(shift, self.samples, self.device)

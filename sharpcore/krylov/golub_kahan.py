@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,7 @@ def golub_kahan(
     seed: int = 0,
     sample_ids: Sequence[int] | None = None,
     batched: bool | None = None,
+    checkpoint: str | Path | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> SingularSolution:
     """The k largest, smallest, or both ends' singular triplets A v = s u, A^T u = s v of B square operators.
@@ -60,10 +62,9 @@ def golub_kahan(
         A `SingularSolution`: values [B, k] float64 ascending, `vectors` and `left` [B, k, *sample_shape].
 
     Raises:
-        InvalidInput: bad arguments, or an operator without transposed products.
+        InvalidInput: bad arguments; an operator without transposed products; a checkpoint of another run.
         NonFiniteError: a product is NaN or infinite.
     """
-    began = time.perf_counter()
     op = as_batched(operator, batched)
     if not op.has_transpose:
         raise InvalidInput(f"operator: expected one with transposed products; {op.name} has none")
@@ -72,9 +73,9 @@ def golub_kahan(
     plan = make_plan(
         op, k, which, block, tolerance, max_products, max_basis, on_breakdown, seed, sample_ids, None
     )
-    run = _GolubKahan(op, plan, vectors, None, progress)
+    run = _GolubKahan(op, plan, vectors, None if checkpoint is None else Path(checkpoint), progress)
     run.go()
-    solution, left = run.solution(began), None
+    solution, left = run.solution(), None
     if run.left is not None and solution.vectors is not None:
         left = run.left.reshape(solution.vectors.shape).to(op.device)
     fields = {name: getattr(solution, name) for name in Solution.__dataclass_fields__}
@@ -89,14 +90,29 @@ class _Triplets(Ritz):
 
 
 class _Bidiagonalization(Decomposition):
-    """Bases V (`basis`) and U (`left`) with A V = U P and A^T U = V H: `forward` is P, `projected` is H."""
+    """Bases V (`basis`) and U (`left`) with A V = U P and A^T U = V H: `forward` is P, `projected` is H.
 
-    def __init__(self, *arguments: Any, draw: Callable[[Tensor, int], Tensor]) -> None:
+    `draw` gives random vectors of some samples, as `Run` does; `around` is entered for transposed products.
+    """
+
+    of_rows: ClassVar[tuple[str, ...]] = (*Decomposition.of_rows, "left", "forward", "forward_lost")
+
+    def __init__(
+        self,
+        *arguments: Any,
+        draw: Callable[[Tensor, int], Tensor],
+        around: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         super().__init__(*arguments)
         self.left = torch.zeros_like(self.basis)
         self.forward = torch.zeros_like(self.projected)
         self.forward_lost = torch.zeros_like(self.lost)
-        self._draw = draw
+        self._draw, self._around = draw, around
+
+    @property
+    def goes_ahead(self) -> bool:
+        """A step has two products."""
+        return False
 
     def extend(self, products: Tensor, operator: BatchedOperator, tolerance: float) -> None:
         """Take the products [K, B, d] in, multiply what is new in them with A^T, and take that in."""
@@ -114,7 +130,9 @@ class _Bidiagonalization(Decomposition):
             sizes[these] = (self.processed + growth.ranks)[these]
             zero = torch.zeros_like(self.norm)
             self._grow(self.left, sizes, self._draw(these, number), floor=zero, limit=self.limit)
-        images = operator.multiply_transposed(self.rows(self.left, self.processed, counts))
+        # What is written up to here is written again, the same, by a later call with the same products.
+        with self._around():
+            images = operator.multiply_transposed(self.rows(self.left, self.processed, counts))
         super().extend(images, operator, tolerance)
 
     def shrink(self, group: Tensor, right: Tensor, left: Tensor, start: Tensor) -> None:
@@ -150,13 +168,15 @@ class _GolubKahan(Run):
 
     name = "golub_kahan"
     products_a_vector = 2
+    saved: ClassVar[tuple[str, ...]] = (*Run.saved, "left")
     krylov: _Bidiagonalization
 
     def __init__(self, op: BatchedOperator, *arguments: Any) -> None:
         super().__init__(op, *arguments)
         self.krylov = _Bidiagonalization(
-            op.samples, op.dimension, self.plan.rows, self.plan.block, op.device, draw=self._random
-        )
+            op.samples, op.dimension, self.plan.rows, self.plan.block, op.device,
+            draw=self._random, around=self.saving,
+        )  # fmt: skip
         self.left = None if self.vectors is None else self.vectors.clone()
 
     @property
@@ -199,6 +219,9 @@ class _GolubKahan(Run):
             kept, closed = self.outermost(ritz)
             right, left = columns(ritz.weights, kept), columns(ritz.left, kept)
             self.krylov.shrink(ritz.samples, right, left, closed)
+
+    def first_image(self) -> Tensor:
+        return self.op.multiply_transposed(self.krylov.left[:, :1].transpose(0, 1))
 
     def check(self, samples: Tensor) -> None:
         """Any square operator will do."""

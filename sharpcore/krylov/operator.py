@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput, NonFiniteError
+from sharpcore.linearization import checking
 from sharpcore.operators import CurvatureOperator
 
 Multiply = Callable[[Tensor], Tensor]
@@ -65,7 +66,7 @@ class BatchedOperator:
     def multiply(self, block: Tensor) -> Tensor:
         """A_i times K vectors each: [K, B, d] of any floating dtype to [K, B, d] of the operator's dtype.
 
-        Raises NonFiniteError where the product is not finite.
+        Raises NonFiniteError where the product is not finite, if `checking()`.
         """
         return self._call(self._multiply, block, "product")
 
@@ -89,7 +90,7 @@ class BatchedOperator:
         if out.dtype not in (torch.float32, torch.float64):
             out = out.float()
         # One pass: a sum is finite but where an entry is not, or where finite entries overflow it.
-        if not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
+        if checking() and not bool(torch.isfinite(out.sum())) and not bool(torch.isfinite(out).all()):
             bad = (~torch.isfinite(out)).nonzero()[0].tolist()
             raise NonFiniteError(
                 f"{self.name}: NaN or infinity in its {kind} number {self.products - len(block) + bad[0]} of "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -15,7 +17,7 @@ from torch import Tensor
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.checkpoint import read_checkpoint, write_checkpoint
 from sharpcore.krylov.decomposition import Decomposition, Ritz
-from sharpcore.krylov.operator import BatchedOperator, precision_defaults
+from sharpcore.krylov.operator import BatchedOperator, closing_share, precision_defaults
 from sharpcore.krylov.probes import probes
 from sharpcore.krylov.solution import Result, Solution, Stats, worst
 
@@ -31,8 +33,10 @@ _VERIFICATION = 1 / 8
 _LEAST_VERIFICATION = 8
 # How much a basis grows between two looks at its Ritz pairs.
 _GROWTH = 1 / 24
-# What a checkpoint holds of a run beside its decomposition.
-_STATE = ("values", "residuals", "vectors", "next_look", "looks", "drawn", "verified", "asymmetry")
+# The least steps between two looks where the device takes steps on its own, as a look waits for it.
+_STRIDE = 4
+# Looks at the Ritz pairs from one checkpoint to the next.
+_LOOKS = 8
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,10 @@ class Run(ABC):
     name: ClassVar[str]
     values_dtype: ClassVar[torch.dtype] = torch.float64
     products_a_vector: ClassVar[int] = 1
+    #: What a checkpoint holds of a run, beside its decomposition, results and times.
+    saved: ClassVar[tuple[str, ...]] = (
+        "values", "residuals", "vectors", "next_look", "looks", "drawn", "verified", "asymmetry",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -88,6 +96,7 @@ class Run(ABC):
         checkpoint: Path | None,
         progress: Callable[[Progress], None] | None,
     ) -> None:
+        self.began = time.perf_counter()
         self.op, self.plan, self.checkpoint, self.progress = op, plan, checkpoint, progress
         least = self.products_a_vector * plan.block
         if plan.max_products < least:
@@ -117,9 +126,14 @@ class Run(ABC):
             everyone = torch.arange(op.samples)
             krylov.append(self._random(everyone, plan.block), everyone)
         while not bool(krylov.frozen.all()):
-            block = krylov.active()
-            products = op.multiply(block)
-            krylov.extend(products, op, plan.tolerance)
+            steps = self._steps_ahead()
+            if steps > 1:
+                with self.saving():
+                    krylov.go_ahead(op, plan.tolerance, steps)
+            else:
+                with self.saving():
+                    products = op.multiply(krylov.active())
+                krylov.extend(products, op, plan.tolerance)
             last = op.products + self.products_a_vector * self._next_width() > plan.max_products
             going = ~krylov.frozen
             if op.calls <= 3 and bool(going.any()):
@@ -128,10 +142,38 @@ class Run(ABC):
             if bool(due.any()):
                 self._look(due.nonzero().flatten(), last)
             self._refill()
-            if self.checkpoint is not None and bool(due.any()) and self.looks % 8 == 0:
+            if self.checkpoint is not None and bool(due.any()) and self.looks % _LOOKS == 0:
                 self._save()
         if self.checkpoint is not None:
             self.checkpoint.unlink(missing_ok=True)
+
+    def _steps_ahead(self) -> int:
+        """How many steps can go by before anything is decided: 1 where the device does not go ahead."""
+        krylov, op = self.krylov, self.op
+        if not krylov.goes_ahead or op.calls < 3:
+            return 1
+        going = ~krylov.frozen
+        sizes, processed = krylov.sizes[going], krylov.processed[going]
+        width = int((sizes - processed).max())
+        until_look = -(-(self.next_look[going] - processed) // width)
+        room = (krylov.limit - sizes) // width
+        left = (self.plan.max_products - op.products) // (self.products_a_vector * width)
+        return min(int(until_look.min()), int(room.min()), left)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Around a product: where it raises, the run is saved as it was before, to go on from there."""
+        try:
+            yield
+        except BaseException:
+            if self.checkpoint is not None:
+                self._save()
+            raise
+
+    @property
+    def seconds(self) -> float:
+        """The time that the run has taken, in earlier processes as well."""
+        return time.perf_counter() - self.began
 
     @property
     def verification(self) -> float:
@@ -197,84 +239,97 @@ class Run(ABC):
         krylov, plan = self.krylov, self.plan
         self.check(samples)
         self.looks += 1
-        worst_of = [float("nan")] * self.op.samples
+        worst_of = torch.full((self.op.samples,), float("nan"), dtype=torch.float64)
         for ritz in self.pairs(samples):
-            processed, size = ritz.values.shape[1], int(krylov.sizes[ritz.samples[0]])
+            group, processed = ritz.samples, ritz.values.shape[1]
             chosen = plan.wanted(processed)
-            scale = ritz.norm
-            krylov.norm[ritz.samples] = scale
-            bound = plan.tolerance * scale[:, None]
-            residuals, noise = ritz.residuals[:, chosen], ritz.noise[:, chosen]
-            everything, enough = processed == self.op.dimension, len(chosen) == self.values.shape[1]
-            within = (residuals <= bound).all(1) & enough
-            # More steps reduce the coupling to what is not in the basis yet, not the noise of the products.
-            settled = ((residuals.square() - noise.square()).clamp_min(0).sqrt() <= bound).all(1) & enough
-            complete = self._is_complete(ritz, chosen, bound[:, 0]) | everything
-            for place, i in enumerate(ritz.samples.tolist()):
-                worst_of[i] = (
-                    float(residuals[place].max() / scale[place].clamp_min(1e-300)) if enough else float("nan")
-                )
-                result: Result | None = None
-                if not within[place]:
-                    self.verified[i] = -1
-                if within[place] and complete[place]:
-                    # A sequence begun after a breakdown has been such a check.
-                    if everything or last or krylov.sequences[i] > 1 or self._verify(i):
-                        result = Result.converged
-                elif everything or (settled[place] and not within[place]):
-                    result = Result.stagnated
-                elif processed == size and plan.stop_at_breakdown:
-                    result = Result.converged if within[place] else Result.invariant_subspace
-                elif last:
-                    result = Result.not_converged
+            enough, whole = len(chosen) == self.values.shape[1], processed == self.op.dimension
+            stops = plan.stop_at_breakdown and processed == int(krylov.sizes[group[0]])
+            krylov.norm[group] = ritz.norm
+            bound = plan.tolerance * ritz.norm
+            within, final = (ritz.residuals <= bound[:, None])[:, chosen].all(1), self._is_final(ritz, bound)
+            done = final[:, chosen].all(1) & enough
+            self.verified[group[~done]] = -1
+            ready = done & (self._is_complete(ritz, chosen, final, bound) | whole | stops)
+            # What the others are if no more is multiplied.
+            failure = Result.invariant_subspace if stops else Result.not_converged if last else None
+            failure = Result.stagnated if whole else failure
+            if failure is None:
+                ready &= self._is_verified(group, ready)
+            for place, i in enumerate(group.tolist()):
+                reached = Result.converged if within[place] else Result.stagnated
+                result = reached if ready[place] else failure
                 if result is not None:
                     self.keep(i, ritz.of(slice(place, place + 1)), chosen, result)
+            if enough:
+                worst_of[group] = ritz.residuals[:, chosen].amax(1) / ritz.norm.clamp_min(1e-300)
             grown = max(plan.block, int(_GROWTH * processed))
-            self.next_look[ritz.samples] = krylov.processed[ritz.samples] + grown
+            if krylov.goes_ahead:
+                grown = max(grown, _STRIDE * plan.block)
+            self.next_look[group] = krylov.processed[group] + grown
         full = samples[(krylov.full & ~krylov.frozen)[samples]]
         if len(full):
             self.contract(full)
         if self.progress is not None:
-            done = tuple(result is not None and result.ok for result in self.results)
-            self.progress(Progress(self.op.products, int(krylov.sizes.max()), done, tuple(worst_of)))
+            converged = tuple(result is not None and result.ok for result in self.results)
+            self.progress(
+                Progress(self.op.products, int(krylov.sizes.max()), converged, tuple(worst_of.tolist()))
+            )
 
-    def _verify(self, i: int) -> bool:
-        """Whether sample i, all of whose pairs have converged, has been looked at with other eyes as well."""
+    def _is_final(self, ritz: Ritz, bound: Tensor) -> Tensor:
+        """Which pairs need no further steps, [G, p] bool: those within `bound` [G], and those whose residual
+        is noise for the most part.
+
+        More steps reduce the coupling to what is not in the basis yet, not the noise of the products. A
+        coupling within the bound will do; where the noise is beyond it, one that would close a sequence, with
+        a residual that no step can halve.
+        """
+        bound, closing = bound[:, None], (closing_share(self.op.rounding) * ritz.norm)[:, None]
+        coupling = (ritz.residuals.square() - ritz.noise.square()).clamp_min(0).sqrt()
+        noisy = (ritz.noise > bound) & (coupling <= closing) & (ritz.residuals <= 2 * ritz.noise)
+        return (ritz.residuals <= bound) | (coupling <= bound) | noisy
+
+    def _is_verified(self, group: Tensor, ready: Tensor) -> Tensor:
+        """Which samples of a group, all at one place of the recursion, have been looked at with other eyes as
+        well, [G] bool. For the others that are `ready` [G] this begins, if it has not."""
         krylov = self.krylov
-        if 0 <= int(self.verified[i]) <= int(krylov.multiplied[i]):
-            return True
-        active = int(krylov.sizes[i] - krylov.processed[i]) + 1
-        if self.values.shape[1] + 3 * active > krylov.limit:
-            return True
-        if self.op.products + self.products_a_vector * active > self.plan.max_products:
-            return True
-        if int(self.verified[i]) < 0:
-            more = max(_LEAST_VERIFICATION, int(self.verification * int(krylov.processed[i])))
-            self.verified[i] = krylov.multiplied[i] + more
-            one = torch.tensor([i])
-            krylov.append(self._random(one, 1), one, sequence=False)
-        return False
+        first = group[0]
+        active = int(krylov.sizes[first] - krylov.processed[first]) + 1
+        products = self.op.products + self.products_a_vector * active
+        if self.values.shape[1] + 3 * active > krylov.limit or products > self.plan.max_products:
+            return torch.ones_like(ready)
+        end, multiplied = self.verified[group], krylov.multiplied[group]
+        # A sequence begun after a breakdown has been such a check.
+        verified = (krylov.sequences[group] > 1) | ((end >= 0) & (end <= multiplied))
+        beginning = group[ready & ~verified & (end < 0)]
+        if len(beginning):
+            more = max(_LEAST_VERIFICATION, int(self.verification * int(krylov.processed[first])))
+            self.verified[beginning] = krylov.multiplied[beginning] + more
+            krylov.append(self._random(beginning, 1), beginning, sequence=False)
+        return verified
 
-    def _is_complete(self, ritz: Ritz, chosen: Tensor, bound: Tensor) -> Tensor:
+    def _is_complete(self, ritz: Ritz, chosen: Tensor, final: Tensor, bound: Tensor) -> Tensor:
         """Whether no eigenvalue beyond the wanted ones can have been missed, [G] bool.
 
         Before any breakdown that is taken for granted, as by every Krylov method. A breakdown shows that a
         start did not see all eigenvalues; then a sequence begun since must have none that is better than the
-        last one wanted: its outermost pair has converged there, or farther in. Being farther in by more than
-        its residual is not enough: a start holds little of the few vectors of a rare eigenvalue.
+        last one wanted: its outermost pair is final, and equal to that or farther in. Being farther in by
+        more than its residual is not enough: a start holds little of the few vectors of a rare eigenvalue.
         """
-        krylov, k = self.krylov, min(self.plan.k, ritz.values.shape[1])
-        complete = (krylov.breakdowns == 0)[ritz.samples] | (krylov.sequences > 1)[ritz.samples]
-        ends = [(0, k - 1, 1)] if self.plan.which in ("smallest", "both") else []
-        ends += [(-1, -k, -1)] if self.plan.which != "smallest" else []
-        for place in (krylov.sequences[ritz.samples] > 1).nonzero().flatten().tolist():
-            fresh = ritz.fresh[place].nonzero().flatten()
-            for outermost, last, inwards in ends if len(fresh) else ():
-                pair = fresh[outermost]
-                distance = inwards * (ritz.keys[place, pair] - ritz.keys[place, chosen[last]])
-                settled = ritz.residuals[place, pair] <= bound[place]
-                complete[place] &= (distance >= -bound[place]) & settled
-            complete[place] &= len(fresh) > 0
+        krylov, processed = self.krylov, ritz.values.shape[1]
+        k = min(self.plan.k, processed)
+        again = (krylov.sequences > 1)[ritz.samples]
+        complete = torch.where(again, ritz.fresh.any(1), (krylov.breakdowns == 0)[ritz.samples])
+        # Equal eigenvalues are found as different ones by their noise.
+        apart = -bound.maximum(ritz.noise[:, chosen].amax(1))
+        fresh = ritz.fresh.to(torch.int8)
+        ends = [(fresh.argmax(1), k - 1, 1)] if self.plan.which in ("smallest", "both") else []
+        if self.plan.which != "smallest":
+            ends.append((processed - 1 - fresh.flip(1).argmax(1), -k, -1))
+        for outermost, last, inwards in ends:
+            key = ritz.keys.gather(1, outermost[:, None])[:, 0]
+            farther = inwards * (key - ritz.keys[:, chosen[last]]) >= apart
+            complete &= ~again | (farther & final.gather(1, outermost[:, None])[:, 0])
         return complete
 
     def keep(self, i: int, ritz: Ritz, chosen: Tensor, result: Result) -> None:
@@ -292,7 +347,7 @@ class Run(ABC):
         if len(samples):
             self.krylov.append(self._random(samples, self.plan.block), samples)
 
-    def solution(self, began: float) -> Solution:
+    def solution(self) -> Solution:
         """The pairs of all samples."""
         results = tuple(result for result in self.results if result is not None)
         shape = (self.op.samples, self.values.shape[1], *self.op.sample_shape)
@@ -304,7 +359,7 @@ class Run(ABC):
             asymmetry=self.asymmetry,
             deflated=self.krylov.deflated,
             breakdowns=self.krylov.breakdowns,
-            seconds=time.perf_counter() - began,
+            seconds=self.seconds,
             operator_seconds=self.op.seconds,
         )
         device = self.op.device
@@ -323,10 +378,11 @@ class Run(ABC):
 
     def _save(self) -> None:
         assert self.checkpoint is not None
-        state = {name: getattr(self, name) for name in _STATE}
+        state = {name: getattr(self, name) for name in self.saved}
         state["krylov"] = self.krylov.state()
         state["results"] = [result and result.name for result in self.results]
         state["operator"] = (self.op.products, self.op.calls, self.op.seconds)
+        state["seconds"] = self.seconds
         write_checkpoint(self.checkpoint, self._identity(), state)
 
     def _resume(self) -> bool:
@@ -335,22 +391,31 @@ class Run(ABC):
         if state is None:
             return False
         self.krylov.load_state(state["krylov"])
-        for name in _STATE:
+        for name in self.saved:
             setattr(self, name, state[name])
         self.results = [name and Result[name] for name in state["results"]]
         self.op.products, self.op.calls, self.op.seconds = state["operator"]
+        self.began -= state["seconds"]
         self._check_operator()
         return True
+
+    def first_image(self) -> Tensor:
+        """The product [1, B, d] that the first columns of the projections are of."""
+        return self.op.multiply(self.krylov.basis[:, :1].transpose(0, 1))
 
     def _check_operator(self) -> None:
         """One product tells whether the checkpoint's basis was made by this operator."""
         krylov = self.krylov
-        first = krylov.basis[:, :1].transpose(0, 1)
-        image = self.op.multiply(first).to(torch.float64).transpose(0, 1)
-        along = (krylov.basis @ image.mT)[..., 0]
-        off = torch.linalg.vector_norm(along - krylov.projected[..., 0], dim=1).cpu()
-        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0].cpu()
-        if bool(((off > allowed) & ~krylov.frozen).any()):
+        known = (krylov.processed > 0) & ~krylov.frozen
+        if not bool(known.any()):
+            return
+        image = self.first_image().to(torch.float64).transpose(0, 1)
+        along = (krylov.basis @ image.mT)[..., 0].cpu()
+        # Beyond a basis there are rows of earlier ones, where others in the batch are longer.
+        inside = torch.arange(krylov.basis.shape[1]) < krylov.sizes[:, None]
+        off = torch.linalg.vector_norm((along - krylov.projected[..., 0]) * inside, dim=1)
+        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0]
+        if bool(((off > allowed) & known).any()):
             raise InvalidInput(
                 f"checkpoint: {self.checkpoint} is of another operator than this {self.op.name}"
             )
@@ -363,9 +428,8 @@ def make_plan(
 ) -> Plan:  # fmt: skip
     """The arguments of an eigensolver, checked, with their defaults. Raises InvalidInput."""
     d = op.dimension
-    check_count("k", k, 1, d, "the dimension")
-    check_count("block", block, 1, None, "")
-    block = min(block, d)
+    k = check_count("k", k, 1, d, "the dimension")
+    block = min(check_count("block", block, 1, None, ""), d)
     if which not in ends:
         raise InvalidInput(f"which: expected one of {', '.join(ends)}; got {which!r}")
     if on_breakdown not in ("continue", "stop"):
@@ -379,17 +443,24 @@ def make_plan(
     wanted = min(2 * k, d) if which == "both" else k
     least = min(d, wanted + 3 * block)
     if max_basis is None:
-        max_basis = max(least, min(_BASIS_ROWS, _BASIS_ENTRIES // d, d), min(d, 2 * wanted + 4 * block))
-    check_count("max_basis", max_basis, least, None, "pairs + 3 blocks")
+        max_basis = default_basis(d, wanted, block)
+    max_basis = check_count("max_basis", max_basis, least, None, "pairs + 3 blocks")
     if max_products is None:
         max_products = 10 * d + 100
-    check_count("max_products", max_products, 1, None, "")
-    check_count("seed", seed, 0, 2**63 - 1, "")
+    max_products = check_count("max_products", max_products, 1, None, "")
+    seed = check_count("seed", seed, 0, 2**63 - 1, "")
     ids = tuple(sample_numbers(sample_ids, op.samples))
     return Plan(
         k, which, block, float(tolerance), float(symmetry_tolerance), max_products, min(max_basis, d),
         on_breakdown == "stop", seed, ids,
     )  # fmt: skip
+
+
+def default_basis(dimension: int, wanted: int, block: int) -> int:
+    """The most rows of a basis where nothing is said."""
+    least = min(dimension, wanted + 3 * block)
+    usual = min(_BASIS_ROWS, _BASIS_ENTRIES // dimension, dimension)
+    return max(least, usual, min(dimension, 2 * wanted + 4 * block))
 
 
 def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> list[int]:
@@ -401,19 +472,17 @@ def sample_numbers(sample_ids: Sequence[int] | Tensor | None, samples: int) -> l
     numbers = sample_ids.tolist() if isinstance(sample_ids, Tensor) else list(sample_ids)
     if len(numbers) != samples:
         raise InvalidInput(f"sample_ids: expected {samples}, one for each sample; got {len(numbers)}")
-    for number in numbers:
-        check_count("sample_ids", number, 0, 2**63 - 1, "")
-    return numbers
+    return [check_count("sample_ids", number, 0, 2**63 - 1, "") for number in numbers]
 
 
-def check_count(name: str, value: int, least: int, most: int | None, what: str) -> None:
-    """Raise InvalidInput where `value` is not an integer from `least` to `most` (`what` says why these)."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int)
-        or value < least
-        or (most is not None and value > most)
-    ):
+def check_count(name: str, value: SupportsIndex, least: int, most: int | None, what: str) -> int:
+    """`value` as an int; InvalidInput where it is no integer from `least` to `most` (`what` says why)."""
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
         upto = "" if most is None else f" to {most}"
         reason = f" ({what})" if what else ""
         raise InvalidInput(f"{name}: expected an integer from {least}{upto}{reason}; got {value!r}")
+    return number

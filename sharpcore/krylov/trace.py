@@ -84,7 +84,7 @@ def trace(
     }  # fmt: skip
     target = Probed(operator, **options) if minus is None else Difference(operator, minus, **options)
     d = target.dimension
-    check_count("products", products, 1, None, "")
+    products = check_count("products", products, 1, None, "")
     if method != "hutchinson" and products >= d:
         value, error = _exact(target, _first)
         probes = d
@@ -132,8 +132,8 @@ def trace_power(
     Raises:
         InvalidInput: arguments do not fit. NonFiniteError: a product is not finite.
     """
-    check_count("power", power, 1, 3, "")
-    check_count("products", products, 1, None, "")
+    power = check_count("power", power, 1, 3, "")
+    products = check_count("products", products, 1, None, "")
     targets = [
         Probed(each, kind=kind, seed=seed, sample_ids=sample_ids, shift=shift, block=block, batched=batched)
         for each in ([operator] if minus is None else [operator, minus])
@@ -183,7 +183,7 @@ def frobenius(
     Returns:
         `Estimate` of shape [B]; the standard error of the root is that of the mean by the delta method.
     """
-    check_count("products", products, 1, None, "")
+    products = check_count("products", products, 1, None, "")
     target = Probed(
         operator, kind=kind, seed=seed, sample_ids=sample_ids, shift=shift, block=block, batched=batched
     )

@@ -19,6 +19,7 @@ mkldnn = torch.ops.mkldnn
 class Convolution(LinearMap):
     """y' = conv(x', w) with K folded into the batch.
 
+    On a GPU float32 tangents go to cuDNN with the backend's precision, not with what the process allows.
     Where oneDNN has the convolution, `packed` holds the weight in the layout that it wants for channels-last
     tangents (every product would reorder it otherwise), and, once a transposed product was asked for,
     `packed_adjoint` that of the transpose, which for stride 1 is a convolution as well. Where there is no
@@ -43,10 +44,13 @@ class Convolution(LinearMap):
         packed = self.packs() if self.packs is not None else self.packed
         if packed is not None:
             return (_packed_convolution(tangent, packed, _onednn_geometry(self.geometry), out),)
-        weight = self.weight.to(tangent.dtype)
-        made = aten.convolution(tangent.flatten(0, 1), weight, None, *self.geometry)
+        weight, folded = self.weight.to(tangent.dtype), tangent.flatten(0, 1)
+        if _is_for_cudnn(folded):
+            made = _cudnn_convolution(folded, weight, self.geometry, kernels.tf32)
+        else:
+            made = aten.convolution(folded, weight, None, *self.geometry)
         made = made.unflatten(0, (tangent.shape[0], -1))
-        return (made if out is None else out.copy_(made),)
+        return (_deliver(made, out),)
 
     def vjp(
         self,
@@ -66,12 +70,28 @@ class Convolution(LinearMap):
             return (_packed_convolution(cotangent, self.packed_adjoint, geometry, out[0]),)
         k = cotangent.shape[0]
         folded = cotangent.flatten(0, 1)
+        if _is_for_cudnn(folded):
+            weight = self.weight.to(folded.dtype)
+            grad = _cudnn_convolution(folded, weight, self._transpose_geometry(), kernels.tf32)
+            return (_deliver(grad.unflatten(0, (k, -1)), out[0]),)
         # The backward operation reads only the shape of its input argument.
         like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
         weight = self.weight.to(folded.dtype)
         grad = aten.convolution_backward(folded, like, weight, None, *self.geometry, [True, False, False])[0]
-        grad = grad.unflatten(0, (k, -1))
-        return (grad if out[0] is None else out[0].copy_(grad),)
+        return (_deliver(grad.unflatten(0, (k, -1)), out[0]),)
+
+    def _transpose_geometry(self) -> tuple[Any, ...]:
+        """The geometry, as in `geometry`, of the (transposed) convolution that pulls cotangents back."""
+        stride, padding, dilation, transposed, _, groups = self.geometry
+        reached = [
+            (n - 1) * s - 2 * p + d * (k - 1) + 1
+            for n, s, p, d, k in zip(
+                self.out_shape[2:], stride, padding, dilation, self.weight.shape[2:], strict=True
+            )
+        ]
+        # What the convolution left over at the far end of x.
+        left = [0 if transposed else n - m for n, m in zip(self.x_shape[2:], reached, strict=True)]
+        return stride, padding, dilation, not transposed, left, groups
 
     def _pack_adjoint(self) -> Tensor:
         assert self.packed is not None
@@ -93,6 +113,29 @@ class Convolution(LinearMap):
         transposed = self.geometry[3]
         positions = self.x_shape if transposed else self.out_shape
         return 2 * k * positions[0] * positions[2:].numel() * self.weight.numel()
+
+
+def _deliver(made: Tensor, out: Tensor | None) -> Tensor:
+    return made if out is None else out.copy_(made)
+
+
+def _is_for_cudnn(vectors: Tensor) -> bool:
+    return vectors.is_cuda and vectors.dtype == torch.float32 and vectors.dim() in (4, 5) and _cudnn()
+
+
+def _cudnn() -> bool:
+    return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
+
+
+def _cudnn_convolution(vectors: Tensor, weight: Tensor, geometry: tuple[Any, ...], tf32: bool) -> Tensor:
+    """A convolution whose precision is said, as aten.convolution takes it from a switch of the process."""
+    stride, padding, dilation, transposed, output_padding, groups = geometry
+    last = {"benchmark": False, "deterministic": True, "allow_tf32": tf32}
+    if transposed:
+        return aten.cudnn_convolution_transpose(
+            vectors, weight, padding, output_padding, stride, dilation, groups, **last
+        )
+    return aten.cudnn_convolution(vectors, weight, padding, stride, dilation, groups, **last)
 
 
 @rule(aten.convolution.default)
@@ -162,7 +205,7 @@ class Linear(LinearMap):
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         weight = self.weight.to(tangents[0].dtype)  # a copy where no rounded one is kept
-        return (_rows_times(tangents[0], weight.mT, out),)
+        return (_rows_times(tangents[0], weight.mT, out, kernels.tf32),)
 
     def vjp(
         self,
@@ -173,16 +216,21 @@ class Linear(LinearMap):
         (cotangent,) = cotangents
         if cotangent is None:
             return (None,)
-        return (_rows_times(cotangent, self.weight.conj().to(cotangent.dtype), out[0]),)
+        return (_rows_times(cotangent, self.weight.conj().to(cotangent.dtype), out[0], kernels.tf32),)
 
     def flops(self, k: int) -> int:
         return 2 * k * self.rows * self.weight.numel()
 
 
-def _rows_times(vectors: Tensor, matrix: Tensor, out: Tensor | None) -> Tensor:
+def _rows_times(vectors: Tensor, matrix: Tensor, out: Tensor | None, tf32: bool) -> Tensor:
     """[K, ..., n] @ [n, m], as one product of all rows."""
     shape = (*vectors.shape[:-1], matrix.shape[1])
     rows = vectors.reshape(vectors.shape[:-1].numel(), vectors.shape[-1])
+    if tf32 and rows.is_cuda and rows.dtype == torch.float32 and _cudnn():
+        # A convolution of single pixels is a matrix product whose precision can be said.
+        pixels, filters = rows[..., None, None], matrix.mT[..., None, None]
+        made = aten.cudnn_convolution(pixels, filters, (0, 0), (1, 1), (1, 1), 1, False, True, True)
+        return _deliver(made.reshape(shape), out)
     if out is None:
         return torch.mm(rows, matrix).view(shape)
     if not out.is_contiguous():

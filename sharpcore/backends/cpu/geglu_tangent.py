@@ -20,13 +20,12 @@ def geglu_forward(
     native = extension()
     if native is None or not computable([projection, *(out or ())]):
         return reference.KERNELS["geglu_forward"](projection, approximate, out=out)
-    if approximate not in ("none", "tanh"):
-        raise InvalidInput(f"approximate: expected none or tanh, got {approximate!r}")
-    narrow = _narrow("projection", projection)
+    check_approximate(approximate)
+    half = narrow("projection", projection)
     to_value, to_factors = (None, None) if out is None else out
-    check_out(to_value, narrow, projection.dtype)
+    check_out(to_value, half, projection.dtype)
     check_out(to_factors, projection.shape, projection.dtype)
-    value = _contiguous(to_value, projection, narrow)
+    value = _contiguous(to_value, projection, half)
     factors = _contiguous(to_factors, projection, projection.shape)
     projection = projection.contiguous()
     if value.numel():
@@ -38,8 +37,8 @@ def geglu_forward(
             projection=projection.data_ptr(),
             dtype=dtype_code(projection.dtype),
             tanh=approximate == "tanh",
-            rows=narrow[:-1].numel(),
-            columns=narrow[-1],
+            rows=half[:-1].numel(),
+            columns=half[-1],
             threads=torch.get_num_threads(),
         )
     return deliver(value, to_value), deliver(factors, to_factors)
@@ -61,10 +60,9 @@ def _apply(kernel: str, name: str, vectors: Tensor, factors: Tensor, out: Tensor
     native = extension()
     if native is None or not computable([vectors, factors] if out is None else [vectors, factors, out]):
         return reference.KERNELS[kernel](vectors, factors, out=out)
-    narrow = _narrow("factors", factors)
-    given, returned = (factors.shape, narrow) if kernel == "geglu_tangent" else (narrow, factors.shape)
-    if vectors.ndim < 1 or vectors.shape[1:] != given:
-        raise InvalidInput(f"{name}: expected shape [K, *{list(given)}], got {list(vectors.shape)}")
+    half = narrow("factors", factors)
+    given, returned = (factors.shape, half) if kernel == "geglu_tangent" else (half, factors.shape)
+    check_vectors(name, vectors, given)
     shape = (vectors.shape[0], *returned)
     check_out(out, shape, vectors.dtype)
     direct = out is not None and is_dense(returned, out.stride()[1:]) and is_apart(out, 1)
@@ -79,8 +77,8 @@ def _apply(kernel: str, name: str, vectors: Tensor, factors: Tensor, out: Tensor
             factors=factors.data_ptr(),
             dtype=dtype_code(vectors.dtype),
             count=vectors.shape[0],
-            rows=narrow[:-1].numel(),
-            columns=narrow[-1],
+            rows=half[:-1].numel(),
+            columns=half[-1],
             out_stride=result.stride(0),
             vector_stride=vectors.stride(0),
             threads=torch.get_num_threads(),
@@ -92,8 +90,20 @@ def _contiguous(out: Tensor | None, like: Tensor, shape: torch.Size) -> Tensor:
     return out if out is not None and out.is_contiguous() else like.new_empty(shape)
 
 
-def _narrow(name: str, wide: Tensor) -> torch.Size:
+def narrow(name: str, wide: Tensor) -> torch.Size:
     """The shape of one half of [..., 2 C]."""
     if wide.ndim < 1 or wide.shape[-1] % 2:
         raise InvalidInput(f"{name}: expected shape [..., 2 C], got {list(wide.shape)}")
     return torch.Size((*wide.shape[:-1], wide.shape[-1] // 2))
+
+
+def check_approximate(approximate: str) -> None:
+    """Refuse the names of other functions."""
+    if approximate not in ("none", "tanh"):
+        raise InvalidInput(f"approximate: expected none or tanh, got {approximate!r}")
+
+
+def check_vectors(name: str, vectors: Tensor, shape: torch.Size) -> None:
+    """Refuse vectors of another shape than [K, *shape]."""
+    if vectors.ndim < 1 or vectors.shape[1:] != shape:
+        raise InvalidInput(f"{name}: expected shape [K, *{list(shape)}], got {list(vectors.shape)}")

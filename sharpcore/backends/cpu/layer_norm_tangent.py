@@ -60,23 +60,10 @@ def _layer_norm(
     native = extension()
     if native is None or not computable([vectors, x] if out is None else [vectors, x, out], statistics):
         return reference.KERNELS[kernel](vectors, x, mean, rstd, weight, axes, out=out)
-    if not 1 <= axes <= x.ndim:
-        raise InvalidInput(f"axes: expected 1 to the {x.ndim} axes of x, got {axes}")
-    if vectors.shape[1:] != x.shape:
-        raise InvalidInput(f"tangent: expected shape [K, *{list(x.shape)}], got {list(vectors.shape)}")
-    leading, normalized = x.shape[:-axes], x.shape[-axes:]
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
-        if statistic.shape != (*leading, *(1,) * axes):
-            raise InvalidInput(
-                f"{name}: expected shape {[*leading, *(1,) * axes]}, got {list(statistic.shape)}"
-            )
-    each_sample = (*leading[:1], *(1,) * len(leading[1:]), *normalized)
-    if weight is not None and weight.shape not in (normalized, each_sample):
-        raise InvalidInput(
-            f"weight: expected shape {list(normalized)} or {list(each_sample)}, got {list(weight.shape)}"
-        )
+    check_layer_norm(vectors, x, mean, rstd, weight, axes)
     check_out(out, vectors.shape, vectors.dtype)
 
+    normalized = x.shape[-axes:]
     direct = out is not None and is_dense(x.shape, out.stride()[1:]) and is_apart(out, 1)
     result: Tensor = out if direct else vectors.new_empty(vectors.shape)  # type: ignore[assignment]
     if result.numel() == 0:
@@ -111,3 +98,24 @@ def _layer_norm(
         threads=torch.get_num_threads(),
     )
     return deliver(result, out)
+
+
+def check_layer_norm(
+    vectors: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, axes: int
+) -> None:
+    """Refuse shapes with which the kernels would read or write outside their tensors."""
+    if not 1 <= axes <= x.ndim:
+        raise InvalidInput(f"axes: expected 1 to the {x.ndim} axes of x, got {axes}")
+    if vectors.shape[1:] != x.shape:
+        raise InvalidInput(f"tangent: expected shape [K, *{list(x.shape)}], got {list(vectors.shape)}")
+    leading, normalized = x.shape[:-axes], x.shape[-axes:]
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic.shape != (*leading, *(1,) * axes):
+            raise InvalidInput(
+                f"{name}: expected shape {[*leading, *(1,) * axes]}, got {list(statistic.shape)}"
+            )
+    each_sample = (*leading[:1], *(1,) * len(leading[1:]), *normalized)
+    if weight is not None and weight.shape not in (normalized, each_sample):
+        raise InvalidInput(
+            f"weight: expected shape {list(normalized)} or {list(each_sample)}, got {list(weight.shape)}"
+        )

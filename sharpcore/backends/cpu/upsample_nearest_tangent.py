@@ -41,19 +41,10 @@ def _upsample(
     native = extension()
     if native is None or not computable([vectors] if out is None else [vectors, out]):
         return reference.KERNELS[kernel](vectors, factors, out=out)
-    down, across = factors
-    if down < 1 or across < 1:
-        raise InvalidInput(f"factors: expected two positive whole numbers, got {factors}")
-    if vectors.ndim != 5:
-        raise InvalidInput(f"{name}: expected shape [K, B, C, H, W], got {list(vectors.shape)}")
-    count, batch, channels, height, width = vectors.shape
-    if kernel == "upsample_nearest_tangent":
-        returned = (height * down, width * across)
-    elif height % down or width % across:
-        raise InvalidInput(f"{name}: expected multiples of {factors}, got an image of {height} by {width}")
-    else:
-        returned = height, width = height // down, width // across
-    shape = (count, batch, channels, *returned)
+    shape = result_shape(kernel, name, vectors, factors)
+    count, batch, channels = shape[:3]
+    returned = shape[3:]
+    small = vectors.shape[3:] if kernel == "upsample_nearest_tangent" else returned
     check_out(out, shape, vectors.dtype)
     last = not is_channels_first(vectors) and is_channels_last(vectors)
     if not last:
@@ -73,10 +64,25 @@ def _upsample(
             vectors=vectors.data_ptr(),
             dtype=dtype_code(vectors.dtype),
             channels_last=last,
-            sizes=(count, batch, channels, height, width),
-            factors=(down, across),
+            sizes=(count, batch, channels, *small),
+            factors=tuple(factors),
             out_strides=result.stride()[:2],
             vector_strides=vectors.stride()[:2],
             threads=torch.get_num_threads(),
         )
     return deliver(result, out)
+
+
+def result_shape(kernel: str, name: str, vectors: Tensor, factors: tuple[int, int]) -> tuple[int, ...]:
+    """That of a kernel's result; refuses vectors and factors that have none."""
+    down, across = factors
+    if down < 1 or across < 1:
+        raise InvalidInput(f"factors: expected two positive whole numbers, got {factors}")
+    if vectors.ndim != 5:
+        raise InvalidInput(f"{name}: expected shape [K, B, C, H, W], got {list(vectors.shape)}")
+    *leading, height, width = vectors.shape
+    if kernel == "upsample_nearest_tangent":
+        return (*leading, height * down, width * across)
+    if height % down or width % across:
+        raise InvalidInput(f"{name}: expected multiples of {factors}, got an image of {height} by {width}")
+    return (*leading, height // down, width // across)

@@ -17,8 +17,8 @@ def interpreted() -> bool:
 
 
 def computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> bool:
-    """Whether the kernels take these: one supported dtype (statistics float32), all on one GPU (or on the CPU, for the
-    interpreter), nothing for autograd to record."""
+    """Whether the kernels take these: one supported dtype (statistics float32), all on one GPU (or on the
+    CPU, for the interpreter), nothing for autograd to record."""
     first = tensors[0]
     if first.dtype not in DTYPES or first.device.type != ("cpu" if interpreted() else "cuda"):
         return False

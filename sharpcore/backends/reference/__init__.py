@@ -17,9 +17,11 @@ from sharpcore.backends.reference.group_norm_silu_tangent import (
     group_norm_silu_tangent,
 )
 from sharpcore.backends.reference.grow_basis import grow_basis
+from sharpcore.backends.reference.lanczos_step import lanczos_step
 from sharpcore.backends.reference.layer_norm_tangent import layer_norm_adjoint, layer_norm_tangent
 from sharpcore.backends.reference.philox import philox_probes
 from sharpcore.backends.reference.residual_add import residual_add
+from sharpcore.backends.reference.symmetric_eigen import ritz_residuals, symmetric_eigen
 from sharpcore.backends.reference.upsample_nearest_tangent import (
     upsample_nearest_adjoint,
     upsample_nearest_tangent,
@@ -41,6 +43,9 @@ KERNELS: Mapping[str, Callable[..., Any]] = {
         geglu_forward,
         residual_add,
         grow_basis,
+        lanczos_step,
+        symmetric_eigen,
+        ritz_residuals,
         upsample_nearest_tangent,
         upsample_nearest_adjoint,
         philox_probes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -95,8 +96,18 @@ def grow_basis(basis: Tensor, sizes: Tensor, block: Tensor, *, floor: Tensor, li
     return Growth(coefficients, triangle, ranks, dropped)
 
 
-def check_growth(basis: Tensor, sizes: Tensor, block: Tensor, floor: Tensor, limit: int) -> None:
-    """Raise InvalidInput where the arguments of `grow_basis` do not fit together."""
+def check_growth(
+    basis: Tensor,
+    sizes: Tensor,
+    block: Tensor,
+    floor: Tensor,
+    limit: int,
+    devices: Sequence[str] = ("cpu",),
+) -> None:
+    """Raise InvalidInput where the arguments of `grow_basis` do not fit together.
+
+    `devices` are the kinds of device that may hold `sizes` and `floor`; only on the CPU are sizes looked at.
+    """
     if basis.dim() != 3 or basis.dtype != torch.float64 or not basis.is_contiguous():
         raise InvalidInput(
             f"basis: expected contiguous float64 [B, M, d], got {basis.dtype} {list(basis.shape)}"
@@ -107,15 +118,13 @@ def check_growth(basis: Tensor, sizes: Tensor, block: Tensor, floor: Tensor, lim
         raise InvalidInput(f"block: expected [K, {samples}, {dimension}], got {list(block.shape)}")
     if block.dtype not in (torch.float32, torch.float64):
         raise InvalidInput(f"block: expected float32 or float64, got {block.dtype}")
-    if sizes.shape != (samples,) or sizes.dtype != torch.int64 or sizes.device.type != "cpu":
-        raise InvalidInput(
-            f"sizes: expected int64 [{samples}] on the CPU, got {sizes.dtype} {list(sizes.shape)}"
-        )
-    if floor.shape != (samples,) or floor.dtype != torch.float64 or floor.device.type != "cpu":
-        raise InvalidInput(
-            f"floor: expected float64 [{samples}] on the CPU, got {floor.dtype} {list(floor.shape)}"
-        )
+    for name, tensor, dtype in (("sizes", sizes, torch.int64), ("floor", floor, torch.float64)):
+        if tensor.shape != (samples,) or tensor.dtype != dtype or tensor.device.type not in devices:
+            raise InvalidInput(
+                f"{name}: expected {str(dtype).removeprefix('torch.')} [{samples}] on "
+                f"{' or '.join(devices)}, got {tensor.dtype} {list(tensor.shape)} on {tensor.device}"
+            )
     if not 0 <= limit <= min(rows, dimension):
         raise InvalidInput(f"limit: expected 0 to min(M, d) = {min(rows, dimension)}, got {limit}")
-    if samples and int(sizes.max()) > limit:
+    if samples and sizes.is_cpu and int(sizes.max()) > limit:
         raise InvalidInput(f"sizes: expected at most limit = {limit}, got {int(sizes.max())}")
