@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -144,13 +143,13 @@ def test_tf32_is_asked_for(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Non
     from sharpcore.kernels import attention_tangent as triton_kernels
 
     asked = []
-    run = triton_kernels.tuning.run
+    run = triton_kernels.run
 
     def note(kernel: Any, grid: Any, arguments: Any, *rest: Any) -> None:
         asked.append(arguments.get("PRECISION"))
         run(kernel, grid, arguments, *rest)
 
-    monkeypatch.setattr(triton_kernels, "tuning", SimpleNamespace(run=note))
+    monkeypatch.setattr(triton_kernels, "run", note)
     case = make(3, 5, 8, 8, 1, dtype=torch.float32)
     t = case.tensors
     primal = [t[name] for name in ("q", "k", "v", "out", "lse")]
@@ -160,7 +159,7 @@ def test_tf32_is_asked_for(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.attention_forward(*case.qkv, **options)
         kernels.attention_tangent(*primal, *tangents, **options)
         kernels.attention_adjoint(*primal, case.cotangent(), **options, needed=case.active)
-    assert [precision for precision in asked if precision] == ["tf32"] * 4 + ["ieee"] * 4
+    assert [precision for precision in asked if precision] == ["tf32"] * 4 + ["tf32x3"] * 4
 
 
 @pytest.mark.parametrize("layout", ["rows first", "part", "columns"])
