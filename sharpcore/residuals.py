@@ -82,8 +82,8 @@ class Segment:
 class Residuals(Sequence["LinearMap | None"]):
     """The maps of a linearization by node; those of a recomputed segment are made when one is asked for.
 
-    One segment at a time is held beside what is kept, until a node outside of it is asked for. Maps that do
-    not depend on the point are always kept.
+    One segment at a time is held beside what is kept, until a node outside of it is asked for, so that one
+    product at a time may ask. Maps that do not depend on the point are always kept.
     """
 
     def __init__(

@@ -24,7 +24,8 @@ class Workspace:
 
     The first product with K vectors, in either direction, allocates as it goes and is watched; the next ones
     run in the places that were planned from it. Only one product at a time can: one that finds the workspace
-    in use by another thread allocates as it goes.
+    in use by another thread allocates as it goes, or waits, where residuals are made again: of those there is
+    memory for one product.
 
     On a GPU products are recorded as CUDA graphs instead, which share the memory of one pool, and so are
     moves to another point: those write residuals to where they were, so that the graphs of products stay.
@@ -102,7 +103,7 @@ class Workspace:
         synchronize: bool = False,
     ) -> None:
         """The (transposed) Jacobian times K vectors, written to `result`."""
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=bool(maps.segments)):
             self._unplanned(program, maps, kernels, vectors, result, transposed, None)
             return
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
 
 import pytest
@@ -125,6 +126,30 @@ def test_products_do_not_hold_on_to_what_they_recompute() -> None:
     alive = {id(reference()) for reference in made} - {id(None)}
     last = {id(instruction) for instruction in tight._residuals._made[1].values()}
     assert alive == last
+
+
+def test_several_threads_share_what_is_made_again() -> None:
+    """Of a recomputed segment there is one at a time, whichever product wants it."""
+    f, x = prediction()
+    tight = linearize(f, x, memory_budget=int(0.45 * taken(linearize(f, x))))
+    assert len(tight._residuals.segments) > 1
+    given = [vectors(number + 1, x) for number in range(2)]
+    expected = [(tight.jvp(g), tight.vjp(g)) for g in given]
+    made: list[bool] = []
+
+    def multiply(number: int) -> None:
+        for turn in range(6):
+            which = (number + turn) % len(given)
+            pushed, pulled = expected[which]
+            made.append(torch.equal(tight.jvp(given[which]), pushed))
+            made.append(torch.equal(tight.vjp(given[which]), pulled))
+
+    threads = [threading.Thread(target=multiply, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert made == [True] * 48
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
