@@ -4,7 +4,7 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from sharpcore.backends.launches import recording
 from sharpcore.explain import Cost, Timing, explain
 from sharpcore.memory import give_back_freed
 from sharpcore.plan import ADD, Instruction, Log, Plan
-from sharpcore.rules import Call, LinearMap, Rule, load_rules
+from sharpcore.rules import Call, LinearMap, Rule, load_rules, storage_of
 from sharpcore.rules.fallback import fallback
 from sharpcore.rules.norm import group_norm_silu
 from sharpcore.rules.pointwise import Sum, geglu
@@ -80,6 +80,15 @@ class Node:
                 if isinstance(part, Ref):
                     found.append(part.value)
         return found
+
+    def constants(self) -> set[int]:
+        """The memory of the tensors among the arguments."""
+        return {
+            storage_of(part)[0]
+            for arg in self.args
+            for part in (arg if isinstance(arg, list) else (arg,))
+            if isinstance(part, Tensor)
+        }
 
     def active_inputs(self) -> list[int]:
         """The values whose tangents the linear map takes, in its order."""
@@ -190,10 +199,14 @@ class Program:
                 values.pop(value, None)
 
     def remake(
-        self, segment: Segment, checkpoints: Mapping[int, Tensor], kernels: Any, lowering: Lowering
+        self,
+        segment: Segment,
+        checkpoints: Mapping[int, Tensor],
+        kernels: Any,
+        lower: Callable[[int, LinearMap], LinearMap],
     ) -> dict[int, LinearMap]:
         """The maps of a segment that depend on the point, from the checkpoints, by running no more than that
-        takes."""
+        takes; `lower` makes of the map of a node what is kept."""
         rules = load_rules()
         values = dict(checkpoints)
         made: dict[int, LinearMap] = {}
@@ -211,7 +224,7 @@ class Program:
                     out = outs if node.op == "attention" or len(outs) > 1 else outs[0]
                 if node.remade:
                     call = Call(node.op, args, node.kwargs, out, node.active)
-                    made[index] = lowering.lower(build_map(node, call, rules))
+                    made[index] = lower(index, build_map(node, call, rules))
                 del args, out
             for value in self.dead[index]:
                 values.pop(value, None)

@@ -21,7 +21,7 @@ from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.lowering import is_fixed
 from sharpcore.memory import give_back_freed
 from sharpcore.program import GIVE_BACK_EVERY, Node, Program, Ref, build_map
-from sharpcore.residuals import Dropped, residual_storages
+from sharpcore.residuals import Dropped, residuals_of
 from sharpcore.rules import (
     SHAPE_ONLY,
     ZERO_DERIVATIVE,
@@ -267,10 +267,10 @@ class Tracer:
         """Count what a map keeps, and let go of older maps once all together pass the budget."""
         instruction = self.maps[index]
         assert instruction is not None
-        for storage, size in residual_storages(self.nodes[index], instruction):
-            if storage.cdata not in self._counted:
-                self._counted[storage.cdata] = storage
-                self._kept_bytes += size
+        for residual in residuals_of(self.nodes[index], instruction):
+            if residual.memory.cdata not in self._counted:
+                self._counted[residual.memory.cdata] = residual.memory
+                self._kept_bytes += residual.nbytes
         if index % GIVE_BACK_EVERY == 0:
             give_back_freed()
         if self._kept_bytes <= budget:
@@ -278,9 +278,9 @@ class Tracer:
         # Fusion still looks at the maps of the nodes just before.
         for older in range(self._dropped, max(self._dropped, index - _RECENT)):
             map_ = self.maps[older]
-            storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
-            if map_ is not None and storages:
-                self.maps[older] = Dropped(map_, storages)
+            kept = [] if map_ is None or is_fixed(map_) else residuals_of(self.nodes[older], map_)
+            if map_ is not None and kept:
+                self.maps[older] = Dropped(map_, kept)
             self._dropped = older + 1
 
     def _evaluate_fused(self, node: Node, call: Call) -> Call:

@@ -4,6 +4,7 @@ go through."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -164,6 +165,23 @@ def unbroadcast(cotangent: Tensor, shape: torch.Size) -> Tensor:
         cotangent = cotangent.sum(dim=tuple(range(1, 1 + extra)))
     axes = tuple(i + 1 for i, n in enumerate(shape) if n == 1 and cotangent.shape[i + 1] != 1)
     return cotangent.sum(dim=axes, keepdim=True) if axes else cotangent
+
+
+def with_tensors(instruction: LinearMap, exchange: Callable[[Tensor], Tensor]) -> LinearMap:
+    """A copy of a linear map with other tensors, wherever it keeps them."""
+
+    def exchanged(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return exchange(value)
+        if isinstance(value, LinearMap):
+            return with_tensors(value, exchange)
+        if isinstance(value, (list, tuple)):
+            return type(value)(exchanged(part) for part in value)
+        return value
+
+    other = copy.copy(instruction)
+    vars(other).update({name: exchanged(value) for name, value in vars(instruction).items()})
+    return other
 
 
 def storage_of(tensor: Tensor) -> tuple[int, int]:
