@@ -306,7 +306,7 @@ class Linearization:
         self._check_ready()
         return self._product(cotangents, transposed=True)
 
-    def _product(self, vectors: Tensor, *, transposed: bool, synchronize: bool = False) -> Tensor:
+    def _product(self, vectors: Tensor, *, transposed: bool, timed: bool = False) -> Tensor:
         like = self.x if transposed else self.value
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(vectors):
             result = torch.empty((vectors.shape[0], *like.shape), dtype=like.dtype, device=like.device)
@@ -320,7 +320,7 @@ class Linearization:
                 vectors,
                 result,
                 transposed=transposed,
-                synchronize=synchronize,
+                timed=timed,
             )
             if checking() and not bool(torch.isfinite(result).all()):
                 raise NonFiniteError(
@@ -363,10 +363,11 @@ class Linearization:
 
     def explain(self, k: int | None = None) -> str:
         """A table of the instructions: operation, module, output shape, bytes kept, FLOPs, what was chosen
-        for the memory budget, and the time of each in the last product.
+        for the memory budget, and the time of each.
 
-        With a number k the times are those of a jvp with k tangents that is made for this. Raises
-        InvalidInput when k is not a positive integer.
+        With a number k the times are those of a jvp with k tangents that is made for this; without, those of
+        the last product that was timed, as the first ones at a point are. Raises InvalidInput when k is not a
+        positive integer.
         """
         if k is not None:
             if not _is_count(k) or k < 1:
@@ -374,7 +375,7 @@ class Linearization:
             tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
             self._check_ready()
             for _ in range(3):  # the first makes the plan, the second finds caches cold
-                self._product(tangents, transposed=False, synchronize=True)
+                self._product(tangents, transposed=False, timed=True)
         return self.program.explain(k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:

@@ -133,6 +133,8 @@ class Residuals(Sequence["LinearMap | None"]):
     def __getitem__(self, node: slice) -> Sequence[LinearMap | None]: ...
 
     def __getitem__(self, node: int | slice) -> LinearMap | Sequence[LinearMap | None] | None:
+        if not self.segments:
+            return self._kept[node]
         if isinstance(node, slice):
             return [self[i] for i in range(*node.indices(len(self)))]
         kept = self._kept[node]

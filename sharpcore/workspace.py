@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.explain import Timing
 from sharpcore.graphs import Recordings, graph_maker
-from sharpcore.plan import ADD, Log, Plan
+from sharpcore.plan import Log, Plan
 from sharpcore.program import Program
 from sharpcore.residuals import Residuals
 
@@ -86,10 +87,10 @@ class Workspace:
         """Let go of the maps of the point that is left."""
         if self._recordings is not None:
             self._recordings.forget(but=_MOVE)
+        fixed = {index for index, node in enumerate(program.nodes) if node.fixed}
         for plan in self._plans.values():
-            for instruction in plan.instructions if plan is not None else ():
-                if instruction.node != ADD and not program.nodes[instruction.node].fixed:
-                    instruction.forget()
+            if plan is not None:
+                plan.forget(fixed)
 
     def product(
         self,
@@ -100,7 +101,7 @@ class Workspace:
         result: Tensor,
         *,
         transposed: bool,
-        synchronize: bool = False,
+        timed: bool = False,
     ) -> None:
         """The (transposed) Jacobian times K vectors, written to `result`."""
         if not self._lock.acquire(blocking=bool(maps.segments)):
@@ -108,7 +109,7 @@ class Workspace:
             return
         try:
             with self._turn(vectors.device):
-                if self._recordings is not None and not maps.segments and not synchronize:
+                if self._recordings is not None and not maps.segments and not timed:
                     product = program.pull if transposed else program.push
                     made = self._recordings.run(
                         (vectors.shape[0], transposed), (vectors,), lambda v: product(maps, kernels, v)
@@ -120,9 +121,7 @@ class Workspace:
                     return
                 plan = self.plan(program, maps, kernels, vectors, result, transposed=transposed)
                 if plan is not None:
-                    made = program.run(
-                        plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
-                    )
+                    made = program.run(plan, maps, kernels, vectors, transposed=transposed, timed=timed)
                     result.copy_(made)
         finally:
             self._lock.release()
@@ -153,6 +152,8 @@ class Workspace:
             log = Log(start, vectors)
         reached = self._unplanned(program, maps, kernels, vectors, result, transposed, log)
         if log is not None:
+            if not vectors.is_cuda:
+                program.timing = Timing(vectors.shape[0], transposed, log.seconds)
             plan = Plan(log, end) if reached and log.usable else None
             if plan is not None:
                 self._place(plan, vectors.device)

@@ -172,6 +172,56 @@ def test_a_repeated_product_allocates_its_result_alone(k: int, precision: str) -
     assert allocated <= 6 * given.nbytes < k * 2 * 32 * 16 * 16 * 4
 
 
+def test_repeated_products_are_prepared_calls() -> None:
+    """Of both directions, until the point, the memory or the number of threads is another."""
+    f, x = prediction()
+    linearization = linearize(f, x)
+    plans = linearization._workspace._plans
+    for transposed, product in ((False, linearization.jvp), (True, linearization.vjp)):
+        expected = product(vectors(1, x))
+        for _ in range(3):
+            product(vectors(1, x))
+        plan = plans[1, transposed]
+        assert plan is not None
+        assert plan.calls
+        plan.calls = plan.calls[:-1]  # the last one writes the product
+        assert not torch.equal(product(vectors(1, x)), expected)
+        linearization.relinearize(x)
+        assert plan.calls == ()
+        for _ in range(4):
+            assert torch.equal(product(vectors(1, x)), expected)
+        assert plan.calls
+        product(vectors(20 if transposed else 10, x))  # moves all plans to a larger workspace
+        assert plan.calls == ()
+        for _ in range(3):
+            assert torch.equal(product(vectors(1, x)), expected)
+        assert plan.calls
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(before + 1)
+            plan.prepare()
+        finally:
+            torch.set_num_threads(before)
+        assert plan.calls == ()
+
+
+def test_first_products_are_timed_and_later_ones_on_demand() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    assert " ms " not in linearization.program.explain()
+    for _ in range(4):
+        linearization.jvp(vectors(2, x))
+        assert "ms for K = 2, in the last product" in linearization.program.explain()
+    timing = linearization.program.timing
+    linearization.jvp(vectors(2, x))
+    assert linearization.program.timing is timing
+    linearization.explain(2)
+    assert linearization.program.timing is not timing
+    assert "ms for K = 2" in linearization.program.explain()
+    linearization.vjp(vectors(2, x))
+    assert "in the last transposed product" in linearization.program.explain()
+
+
 def test_the_workspace_holds_what_is_alive_together() -> None:
     layers = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)))
     x = vectors(1, torch.zeros(1, 8, 16, 16))[0]
