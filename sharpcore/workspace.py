@@ -16,6 +16,7 @@ from sharpcore.graphs import Recordings, graph_maker
 from sharpcore.plan import Log, Plan
 from sharpcore.program import Program
 from sharpcore.residuals import Residuals
+from sharpcore.rules.linear import Convolution
 
 _MOVE = "move"
 
@@ -148,7 +149,7 @@ class Workspace:
         assert end is not None
         log = None
         if key not in self._plans:
-            vectors = vectors.contiguous()
+            vectors = _laid_out(vectors, maps)
             log = Log(start, vectors)
         reached = self._unplanned(program, maps, kernels, vectors, result, transposed, log)
         if log is not None:
@@ -187,3 +188,11 @@ class Workspace:
                 if other is not None:
                     other.place(self._memory)
         plan.place(self._memory)
+
+
+def _laid_out(vectors: Tensor, maps: Residuals) -> Tensor:
+    """The vectors without gaps, with channels last where they are images and convolutions want that."""
+    if vectors.dim() == 5 and any(isinstance(m, Convolution) and m.is_packed for m in maps.kept()):
+        folded = vectors.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return folded.unflatten(0, vectors.shape[:2])
+    return vectors.contiguous()

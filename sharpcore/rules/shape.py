@@ -15,16 +15,31 @@ from sharpcore.rules import Call, Identity, LinearMap, aten, rule
 class Reshape(LinearMap):
     """The same entries under another shape."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, shape: torch.Size, out_shape: torch.Size) -> None:
         self.shape, self.out_shape = shape, out_shape
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        (tangent,) = tangents
-        return (tangent.reshape(tangent.shape[0], *self.out_shape),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (_reshape(tangents[0], self.out_shape, out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent.reshape(cotangent.shape[0], *self.shape),)
+        return (None if cotangent is None else _reshape(cotangent, self.shape, out[0]),)
+
+
+def _reshape(vectors: Tensor, shape: torch.Size, out: Tensor | None) -> Tensor:
+    """[K, ...] as [K, *shape]; a place is given for a copy, which is contiguous."""
+    if out is None:
+        return vectors.reshape(vectors.shape[0], *shape)
+    target = out.view(vectors.shape)
+    launch(target.copy_, (target, vectors), vectors)
+    return out
 
 
 @rule(
@@ -54,15 +69,24 @@ def identity(call: Call) -> LinearMap:
 class Cast(LinearMap):
     """The same entries in another dtype."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
         self.dtype, self.out_dtype = dtype, out_dtype
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (tangents[0].to(self.out_dtype),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (tangents[0].to(self.out_dtype) if out is None else out.copy_(tangents[0]),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent.to(self.dtype),)
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
+        (cotangent,), (place,) = cotangents, out
+        if cotangent is None or place is None:
+            return (None if cotangent is None else cotangent.to(self.dtype),)
+        return (place.copy_(cotangent),)
 
 
 @rule(aten._to_copy.default)
@@ -168,6 +192,8 @@ class Pieces(LinearMap):
     """Slices of one tensor along one axis, each (start, stop, step), or with the axis dropped where step is
     0."""
 
+    writes_vjp = True
+
     def __init__(self, shape: torch.Size, dim: int, pieces: Sequence[tuple[int, int, int]]) -> None:
         self.shape = shape
         self.dim = dim + 1
@@ -183,17 +209,23 @@ class Pieces(LinearMap):
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return tuple(self._piece(tangents[0], *piece) for piece in self.pieces)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         present = [c for c in cotangents if c is not None]
         if not present:
             return (None,)
         if len(present) == len(self.pieces) and len(present) > 1:
             # Several pieces of a split or an unbind: they tile the axis, in order.
-            joined = (
-                torch.stack(present, self.dim) if self.pieces[0][2] == 0 else torch.cat(present, self.dim)
-            )
-            return (joined,)
-        total = present[0].new_zeros(present[0].shape[0], *self.shape)
+            join = torch.stack if self.pieces[0][2] == 0 else torch.cat
+            return (join(present, self.dim, out=out[0]),)
+        total = out[0]
+        if total is None:
+            total = present[0].new_empty(present[0].shape[0], *self.shape)
+        total.zero_()
         for piece, cotangent in zip(self.pieces, cotangents, strict=True):
             if cotangent is not None:
                 self._piece(total, *piece).add_(cotangent)
@@ -240,7 +272,7 @@ def unbind(call: Call) -> LinearMap:
 class Concatenate(LinearMap):
     """Tensors joined along an axis, those without a tangent as zeros."""
 
-    writes_jvp = True
+    writes_jvp = writes_vjp = True
 
     def __init__(
         self, shapes: Sequence[torch.Size], active: Sequence[int], dim: int, dtype: torch.dtype
@@ -273,12 +305,30 @@ class Concatenate(LinearMap):
             return out
         return torch.cat(list(parts), self.dim, out=out)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
         if cotangent is None:
             return (None,) * len(self.active)
         pieces = cotangent.split([shape[self.dim - 1] for shape in self.shapes], self.dim)
-        return tuple(pieces[position] for position in self.active)
+        places = (None,) * len(self.active) if out is None else out
+        return tuple(
+            self._cut(pieces[position], place) for position, place in zip(self.active, places, strict=True)
+        )
+
+    def _cut(self, piece: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None:
+            launch(out.copy_, (out, piece), piece)
+            return out
+        if piece.dim() == 5 and self.dim == 2:
+            # Convolutions want them without gaps, and each of several would make a copy of its own.
+            folded = piece.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            return folded.unflatten(0, piece.shape[:2])
+        return piece
 
 
 @rule(aten.cat.default)
