@@ -15,7 +15,16 @@ from sharpcore.rules.attention import Attention
 from sharpcore.rules.linear import Convolution, Linear, MatrixProduct, pack, packable
 from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
-from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape, UpsampleNearest
+from sharpcore.rules.shape import (
+    Cast,
+    Concatenate,
+    Expand,
+    Flip,
+    Permute,
+    Pieces,
+    Reshape,
+    UpsampleNearest,
+)
 
 # What products are made in, and the dtype that tangents, weights and residuals are then rounded to. In "tf32"
 # the operands of matrix products and convolutions are rounded on their way into a GPU's matrix units.
@@ -33,6 +42,7 @@ _FIXED = (
     Linear,
     Reshape,
     Permute,
+    Flip,
     Expand,
     Pieces,
     Concatenate,

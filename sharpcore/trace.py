@@ -32,7 +32,7 @@ from sharpcore.rules import (
     load_rules,
     storage_of,
 )
-from sharpcore.rules.attention import additive_mask
+from sharpcore.rules.attention import additive_mask, causal_mask
 from sharpcore.rules.shape import overlay
 
 # How many of the last maps are kept while a trace is over its memory budget.
@@ -348,13 +348,14 @@ class Tracer:
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if is_causal:
-            attn_mask = torch.ones(
-                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-            ).tril()
+            key, value = key.flip(-2), value.flip(-2)
+            attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.dtype, query.device)
         mask = None if attn_mask is None else additive_mask(attn_mask, query.dtype)
-        if mask is not None and self.aliases.value_of(mask) is not None:
-            # A mask that depends on the inputs: the ordinary operations have all its derivatives.
-            return torch.softmax(query @ key.mT * scale + mask, -1) @ value
+        if mask is not None:
+            number = self.aliases.value_of(mask)
+            if number is not None and self.kinds[number] is not Kind.PRIMAL:
+                # A mask that depends on x: the ordinary operations have all its derivatives.
+                return torch.softmax(query @ key.mT * scale + mask, -1) @ value
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
         args = (query, key, value, mask, scale)

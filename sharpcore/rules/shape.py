@@ -158,6 +158,26 @@ def transpose(call: Call) -> LinearMap:
     return Permute([i % x.dim() for i in order])
 
 
+class Flip(LinearMap):
+    """Entries in reverse order along axes; its own transpose."""
+
+    def __init__(self, axes: Sequence[int]) -> None:
+        self.axes = tuple(i + 1 for i in axes)
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (tangents[0].flip(self.axes),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        return (None if cotangent is None else cotangent.flip(self.axes),)
+
+
+@rule(aten.flip.default)
+def flip(call: Call) -> LinearMap:
+    x, axes = call.args
+    return Flip([i % x.dim() for i in axes]) if x.dim() else Identity()
+
+
 class Expand(LinearMap):
     """Axes of length one, or new leading axes, repeated."""
 
