@@ -15,16 +15,8 @@ from sharpcore.rules.attention import Attention
 from sharpcore.rules.linear import Convolution, Linear, MatrixProduct, pack, packable
 from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
-from sharpcore.rules.shape import (
-    Cast,
-    Concatenate,
-    Expand,
-    Flip,
-    Permute,
-    Pieces,
-    Reshape,
-    UpsampleNearest,
-)
+from sharpcore.rules.resampling import UpsampleNearest
+from sharpcore.rules.shape import Cast, Concatenate, Expand, Flip, Permute, Pieces, Reshape
 
 # What products are made in, and the dtype that tangents, weights and residuals are then rounded to. In "tf32"
 # the operands of matrix products and convolutions are rounded on their way into a GPU's matrix units.

@@ -194,6 +194,6 @@ def storage_of(tensor: Tensor) -> tuple[int, int]:
 
 def load_rules() -> dict[Any, Rule]:
     """Import every family of rules once and return the registry."""
-    from sharpcore.rules import attention, linear, norm, pointwise, shape  # noqa: F401  (imported for their registrations)
+    from sharpcore.rules import attention, linear, norm, pointwise, resampling, shape  # noqa: F401  (imported for their registrations)
 
     return RULES

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import computable, dtype_code
+from sharpcore.backends.cpu.layout import computable, dtype_code, statistics_dtype
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
@@ -37,9 +37,9 @@ def attention_forward(
     shape = (*q.shape[:-1], *v.shape[-1:])
     _check_attention(q, k, v)
     check_out(out and out[0], shape, q.dtype)
-    check_out(out and out[1], q.shape[:-1], _statistics_dtype(q.dtype))
+    check_out(out and out[1], q.shape[:-1], statistics_dtype(q.dtype))
     o = _results(out and out[0], q, shape)
-    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=_statistics_dtype(q.dtype))
+    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=statistics_dtype(q.dtype))
     direct = _viewable(lse.unsqueeze(-1), 0, adjacent=False)
     statistics = lse if direct else torch.empty_like(lse, memory_format=torch.contiguous_format)
     if lse.numel():
@@ -199,10 +199,6 @@ def _computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor], mask: T
         else:
             statistics = [*statistics, mask]
     return computable(tensors, statistics)
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _statistics(lse: Tensor, dtype: torch.dtype) -> Tensor:
