@@ -32,9 +32,9 @@ SIZES = [
 @pytest.fixture
 def kernels() -> Any:
     """The wrappers of the Triton kernels."""
-    from sharpcore.backends.cuda import attention_tangent
+    from sharpcore.backends import cuda
 
-    return attention_tangent
+    return cuda
 
 
 @pytest.fixture(autouse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from sharpcore.rules import Call, LinearMap, rule
@@ -57,3 +58,14 @@ class Attention(LinearMap):
 @rule("attention")
 def attention(call: Call) -> LinearMap | None:
     return Attention(call) if all(position in (0, 1, 2) for position in call.active) else None
+
+
+def causal_mask(length: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores [length, keys] of a query with the key j from the end: -inf where that lies
+    behind it.
+
+    Counted from the end, all entries of a diagonal are one number in memory.
+    """
+    hidden = torch.full((max(0, keys - 1),), float("-inf"), dtype=dtype, device=device)
+    diagonals = torch.cat([hidden, hidden.new_zeros(length)])
+    return diagonals.as_strided((length, keys), (1, 1))

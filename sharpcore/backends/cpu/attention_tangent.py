@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import DTYPES, computable, dtype_code
+from sharpcore.backends.cpu.layout import DTYPES, computable, dtype_code, statistics_dtype
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.heads import (
     as_heads,
@@ -50,9 +50,9 @@ def attention_forward(
     shape = (*q.shape[:-1], *v.shape[-1:])
     check_operands(q, k, v)
     check_out(out and out[0], shape, q.dtype)
-    check_out(out and out[1], q.shape[:-1], _statistics_dtype(q.dtype))
+    check_out(out and out[1], q.shape[:-1], statistics_dtype(q.dtype))
     o = results(out and out[0], q, shape)
-    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=_statistics_dtype(q.dtype))
+    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=statistics_dtype(q.dtype))
     direct = is_viewable(lse.unsqueeze(-1), 0, adjacent=False)
     statistics = lse if direct else torch.empty_like(lse, memory_format=torch.contiguous_format)
     if lse.numel():
@@ -195,10 +195,6 @@ def _computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor], mask: T
         else:
             statistics = [*statistics, mask]
     return computable(tensors, statistics)
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _statistics(lse: Tensor, dtype: torch.dtype) -> Tensor:
