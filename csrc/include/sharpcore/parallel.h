@@ -1,4 +1,5 @@
-// A persistent pool of worker threads; the caller says at each call how many threads may work on it.
+// Jobs on several threads; the caller says at each call how many may work on one. They are the threads that PyTorch's
+// operations run on, or, where its OpenMP is not at hand and after fork(), a persistent pool.
 //
 // Kernel sources are compiled for several instruction sets, so this header holds no inline function: the linker could
 // keep the copy that was compiled for a CPU newer than the one the program runs on.
