@@ -858,8 +858,8 @@ def attention_forward(
 ) -> None:
     """Write o [B, H, L, Ev] and lse [B, H, L] of q [B, H, L, E], k [B, H, S, E], v [B, H, S, Ev].
 
-    The entries of a row are adjacent, but for lse and mask [B, H, L, S]. `precision` of float32 products: "tf32"
-    or "tf32x3", the sum of three of them, about as exact as float32.
+    The entries of a row are adjacent, but for lse and mask [B, H, L, S]. `precision` of float32 products:
+    "tf32" or "tf32x3", the sum of three of them, about as exact as float32.
     """
     arguments = _arguments({"q": q, "k": k, "v": v, "o": o}, {"lse": lse, "mask": mask}, scale, precision)
     _launch(forward_kernel, forward_configurations, arguments)
