@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +90,9 @@ def tf32_products(wanted: bool) -> Any:
 @pytest.mark.parametrize("precision", DTYPES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_triton_attention(table: Any, benchmark: Any, name: str, precision: str, count: int) -> None:
-    from sharpcore.backends.cuda import attention_tangent as kernels
+    from sharpcore.backends.cuda import KERNELS
+
+    kernels = SimpleNamespace(**KERNELS)
 
     shape, dtype = SHAPES[name], DTYPES[precision]
     cross = shape.rows != shape.keys

@@ -43,7 +43,7 @@ class Request:
 
     module: str
     kernel: str
-    types: Mapping[str, str]
+    types: Mapping[str, str | Sequence[str]]
     constants: Mapping[str, Any]
     warps: int
     stages: int
@@ -101,8 +101,12 @@ def recorded(
                 constants[name] = value
             elif isinstance(value, float):
                 types[name] = "fp32"
+            elif isinstance(value, tuple):
+                types[name] = [_integer(entry) for entry in value]
+                aligned += [f"{name}.{i}" for i, entry in enumerate(value) if entry % 16 == 0]
+                constants |= {f"{name}.{i}": 1 for i, entry in enumerate(value) if entry == 1}
             else:
-                types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+                types[name] = _integer(value)
                 aligned += [name] if value % 16 == 0 else []
         stem = module.__name__.rpartition(".")[2]
         name = kernel.fn.__name__
@@ -114,6 +118,10 @@ def recorded(
         patch.setattr(module, "run", record)
         launch()
     return requests
+
+
+def _integer(value: int) -> str:
+    return "i32" if -(2**31) <= value < 2**31 else "i64"
 
 
 def compile_all(requests: Sequence[Request]) -> list[Compiled]:
@@ -142,14 +150,22 @@ def _compile(request: Request) -> Compiled:
     place = {name: index for index, name in enumerate(kernel.arg_names)}
     missing = set(place) - set(request.types) - set(request.constants)
     assert not missing, f"{request.kernel}: nothing is said of {sorted(missing)}"
+
+    def path(name: str) -> tuple[int, ...]:
+        name, _, entry = name.partition(".")
+        return (place[name], int(entry)) if entry else (place[name],)
+
+    def kind(name: str) -> str | tuple[str, ...]:
+        given = "constexpr" if name in request.constants else request.types[name]
+        if isinstance(given, str):
+            return given
+        return tuple("constexpr" if f"{name}.{i}" in request.constants else t for i, t in enumerate(given))
+
     source = ASTSource(
         fn=kernel,
-        signature={
-            name: "constexpr" if name in request.constants else request.types[name]
-            for name in kernel.arg_names
-        },
-        constexprs={(place[name],): value for name, value in request.constants.items()},
-        attrs={(place[name],): [["tt.divisibility", 16]] for name in request.aligned},
+        signature={name: kind(name) for name in kernel.arg_names},
+        constexprs={path(name): value for name, value in request.constants.items()},
+        attrs={path(name): [["tt.divisibility", 16]] for name in request.aligned},
     )
     options = {"num_warps": request.warps, "num_stages": request.stages}
     target = GPUTarget("cuda", request.architecture, 32)

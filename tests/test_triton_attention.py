@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import aot
 import pytest
 import torch
 from attention_cases import ACTIVE, Case, banded_mask, check, check_forward, check_half
@@ -23,18 +25,18 @@ HALVES = [torch.bfloat16, torch.float16]
 SIZES = [
     (1, 7, 40, 40, 1),
     (7, 1, 8, 24, 2),
-    (77, 20, 59, 80, 3),
-    (33, 77, 160, 111, 1),
-    (128, 64, 64, 40, 1),
+    (37, 20, 59, 80, 3),
+    (20, 37, 160, 111, 1),
+    (32, 64, 64, 40, 1),
 ]
 
 
 @pytest.fixture
 def kernels() -> Any:
     """The wrappers of the Triton kernels."""
-    from sharpcore.backends import cuda
+    from sharpcore.backends.cuda import KERNELS
 
-    return cuda
+    return SimpleNamespace(**KERNELS)
 
 
 @pytest.fixture(autouse=True)
@@ -87,16 +89,16 @@ def test_every_set_of_operands(active: tuple[bool, bool, bool], kernels: Any) ->
 
 
 def test_many_tangents_of_the_queries_alone(kernels: Any) -> None:
-    check(make(20, 40, 16, 16, 8, active=(True, False, False), dtype=torch.float32), backend=kernels)
+    check(make(9, 20, 16, 16, 8, heads=1, active=(True, False, False), dtype=torch.float32), backend=kernels)
 
 
 @pytest.mark.parametrize("part", [(Ellipsis,), (slice(None), slice(None), slice(0, 1)), (0, 0)])
 def test_masks(part: tuple[Any, ...], kernels: Any) -> None:
     """Of every shape, with a row that sees no key, and one that sees none in the first block of keys."""
-    mask = banded_mask(9, 144, 2)
+    mask = banded_mask(9, 40, 2)
     mask[..., 4, :] = float("-inf")
-    mask[..., 5, :140] = float("-inf")
-    case = surround(make(9, 144, 8, 8, 2, mask=mask[part], dtype=torch.float32))
+    mask[..., 5, :36] = float("-inf")
+    case = surround(make(9, 40, 8, 8, 2, mask=mask[part], dtype=torch.float32))
     check_forward(case, kernels)
     check(case, backend=kernels)
     if mask[part].shape[-2] == 9:
@@ -160,6 +162,24 @@ def test_tf32_is_asked_for(kernels: Any, monkeypatch: pytest.MonkeyPatch) -> Non
         kernels.attention_tangent(*primal, *tangents, **options)
         kernels.attention_adjoint(*primal, case.cotangent(), **options, needed=case.active)
     assert [precision for precision in asked if precision] == ["tf32"] * 4 + ["tf32x3"] * 4
+
+
+@pytest.mark.parametrize("choice", range(1, 9))
+def test_configurations(choice: int, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those among which the tuner chooses: larger blocks, several tangents in a program."""
+    from sharpcore.kernels import attention_tangent as triton_kernels
+
+    run, chosen = triton_kernels.run, set()
+
+    def run_that(kernel: Any, grid: Any, arguments: Any, configurations: Any, key: Any) -> None:
+        configuration = configurations[min(choice, len(configurations) - 1)]
+        chosen.add(configuration)
+        run(kernel, grid, arguments, [configuration], key)
+
+    monkeypatch.setattr(triton_kernels, "run", run_that)
+    case = make(18, 40, 40, 24, 3, dtype=torch.float16, heads=1)
+    check_half(case, backend=kernels)
+    assert len(chosen) == 5
 
 
 @pytest.mark.parametrize("layout", ["rows first", "part", "columns"])
@@ -299,3 +319,68 @@ def test_wrong_masks_and_cotangents_are_refused(kernels: Any) -> None:
     case.mask = torch.zeros(9, 19)
     with pytest.raises(InvalidInput, match="mask"):
         case.tangent(kernels)
+
+
+def requests(
+    sizes: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    architecture: int,
+    *,
+    configuration: int = 0,
+    active: tuple[bool, bool, bool] = (True, True, True),
+    masked: bool = False,
+    precision: str = "tf32x3",
+    of: str = "tangent",
+) -> list[aot.Request]:
+    """What is compiled for rows, keys, head size and tangents, of 8 heads in a batch of 2."""
+    from sharpcore.kernels import attention_tangent as triton_kernels
+
+    rows, keys, width, count = sizes
+
+    def heads(length: int, *leading: int) -> Tensor:
+        return torch.empty((*leading, 2, length, 8, width), dtype=dtype, device="meta").transpose(-2, -3)
+
+    mask = (
+        torch.empty((2, 1, 1, keys), dtype=dtype, device="meta").expand(2, 8, rows, keys) if masked else None
+    )
+    options: dict[str, Any] = {"mask": mask, "scale": 0.125, "precision": precision}
+    primal = (heads(rows), heads(keys), heads(keys), heads(rows), torch.empty((2, 8, rows), device="meta"))
+    vectors = [
+        heads(n, count) if given else None for n, given in zip((rows, keys, keys), active, strict=True)
+    ]
+    launches = {
+        "forward": lambda: triton_kernels.attention_forward(*primal, **options),
+        "tangent": lambda: triton_kernels.attention_tangent(*primal, *vectors, heads(rows, count), **options),
+        "adjoint": lambda: triton_kernels.attention_adjoint(*primal, heads(rows, count), *vectors, **options),
+    }
+    return aot.recorded(triton_kernels, launches[of], architecture, configuration=configuration)
+
+
+def test_compiled_ahead_of_time() -> None:
+    """Layers of Stable Diffusion on data-centre cards: no spills, shared memory that every card has."""
+    half, single = torch.bfloat16, torch.float32
+    cross = (True, False, False)
+    wanted = [
+        *requests((4096, 4096, 40, 8), half, 80),
+        *requests((4096, 4096, 40, 8), half, 90),
+        *requests((4096, 77, 40, 8), half, 80, active=cross),
+        *requests((9216, 9216, 64, 8), half, 90),
+        *requests((144, 77, 64, 8), half, 80, masked=True),
+        *requests((1024, 1024, 80, 8), torch.float16, 80),
+        *requests((1024, 1024, 128, 8), half, 90),
+        *requests((256, 256, 160, 8), half, 80),
+        *requests((256, 256, 160, 8), half, 90),
+        *requests((4096, 4096, 40, 8), half, 80, of="forward"),
+        *requests((256, 77, 160, 8), half, 90, of="forward"),
+        *requests((4096, 4096, 40, 8), half, 90, of="adjoint"),
+        *requests((1024, 1024, 80, 8), half, 80, of="adjoint"),
+        *requests((256, 256, 160, 8), half, 80, of="adjoint"),
+        *requests((4096, 4096, 40, 8), single, 80, precision="tf32"),
+        *requests((256, 256, 160, 8), single, 80),
+        *requests((1024, 1024, 80, 8), single, 80, of="adjoint"),
+        *requests((4096, 4096, 64, 8), single, 90, of="forward"),
+    ]
+    for request, compiled in zip(wanted, aot.compile_all(wanted), strict=True):
+        compiled.assert_fits(request.architecture)
+        assert compiled.shared <= aot.SHARED_LIMITS[86], request
+        assert compiled.uses_tensor_cores == (request.kernel != "along_kernel")

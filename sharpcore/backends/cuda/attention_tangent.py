@@ -183,7 +183,7 @@ def _precision(tf32: bool) -> str:
 
 
 def _statistics(lse: Tensor, dtype: torch.dtype) -> Tensor:
-    return lse.float() if lse.dtype == dtype else lse
+    return lse.float() if lse.dtype == dtype and dtype.itemsize == 2 else lse
 
 
 def _rows(lse: Tensor) -> Tensor:
