@@ -830,7 +830,7 @@ def adjoint_keys_configurations(width: int, size: int, precision: str, count: in
         return _up_to(
             width,
             (64, _choice(32, 16, 16, vectors=1)),
-            (96, _choice(16, 16, 16, vectors=1)),
+            (96, _choice(64, 16, 16, vectors=1, warps=8)),
             (160, _choice(32, 16, 16, vectors=1)),
         )
     return _up_to(
