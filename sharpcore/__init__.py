@@ -25,6 +25,10 @@ _EXPORTS = {
     "SpectrumTable": "sharpcore.spectra",
     "PosteriorCovariance": "sharpcore.posterior",
     "posterior_modes": "sharpcore.posterior",
+    "Detector": "sharpcore.detect",
+    "HeatMap": "sharpcore.localization",
+    "localize": "sharpcore.localization",
+    "localize_images": "sharpcore.localization",
 }
 _ERRORS = (
     "SharpcoreError",
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
     from sharpcore.curvature import Curvature as Curvature
     from sharpcore.curvature import curvature_along as curvature_along
     from sharpcore.curvature import curvature_at as curvature_at
+    from sharpcore.detect import Detector as Detector
     from sharpcore.errors import InvalidInput as InvalidInput
     from sharpcore.errors import MissingDependency as MissingDependency
     from sharpcore.errors import NonFiniteError as NonFiniteError
@@ -53,6 +58,9 @@ if TYPE_CHECKING:
     from sharpcore.errors import UnsupportedOperation as UnsupportedOperation
     from sharpcore.linearization import Linearization as Linearization
     from sharpcore.linearization import linearize as linearize
+    from sharpcore.localization import HeatMap as HeatMap
+    from sharpcore.localization import localize as localize
+    from sharpcore.localization import localize_images as localize_images
     from sharpcore.operators import Hessian as Hessian
     from sharpcore.operators import HessianDifference as HessianDifference
     from sharpcore.operators import ScoreJacobian as ScoreJacobian

@@ -10,49 +10,58 @@ import torch
 from torch import Tensor
 
 from sharpcore.conditioning import Conditioning
-from sharpcore.detect import Evidence
-from sharpcore.errors import InvalidInput
 from sharpcore.linearization import Linearization
 from sharpcore.lowering import WeightCopies
-from sharpcore.score import noise_level, prediction_type_of, score_from_prediction
-
-#: A Jacobian, or a difference of two, times one vector for each sample: [B, ...] to [B, ...].
-Product = Callable[[Tensor], Tensor]
 
 
 class Branch:
-    """A network as a function of the latent that is linearized once and then moved from point to point.
+    """A network as a function of the latent, or of the prompt's embedding, that is linearized once and then
+    moved from point to point.
 
-    The timestep and the conditioning are inputs of the recorded program, so that other prompts and steps of
-    the same batch size cost a forward pass and no new trace.
+    Timestep and conditioning (or latent) are inputs of the recorded program, so that other prompts and steps
+    of the same batch size cost a forward pass and no new trace.
     """
 
     def __init__(
-        self, network: Callable[..., Any], backend: str, precision: str, copies: WeightCopies
+        self,
+        network: Callable[..., Any],
+        backend: str,
+        precision: str,
+        copies: WeightCopies,
+        *,
+        of_embedding: bool = False,
     ) -> None:
-        """`copies` are the weights as products want them, shared by the branches of a network."""
+        """`copies` are the weights as products want them, shared by the branches of a network; with
+        `of_embedding` the variable is `encoder_hidden_states`, [B, L, D]."""
         self.network = network
         self._copies = copies
         self.backend = backend
         self.precision = precision
+        self._of_embedding = of_embedding
         self._linearization: Linearization | None = None
         self._layout: Any = None
 
     def at(self, x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Linearization:
         """The linearized prediction at x [B, ...], timestep [B], B conditionings, until the next call."""
-        tensors = list(_tensors(conditioning))
-        layout = (_keys(conditioning), [(t.shape, t.dtype, t.device) for t in (x, timestep, *tensors)])
+        inputs = [x, timestep, *_tensors(conditioning)]
+        place = 0
+        if self._of_embedding:
+            embedding = conditioning["encoder_hidden_states"]
+            place = next(i for i, tensor in enumerate(inputs) if tensor is embedding)
+        layout = (_keys(conditioning), [(t.shape, t.dtype, t.device) for t in inputs])
+        variable, bound = inputs[place], (*inputs[:place], *inputs[place + 1 :])
         lin, self._linearization = self._linearization, None
         if lin is not None and self._layout == layout:
-            self._linearization = lin.relinearize(x, timestep, *tensors)
+            self._linearization = lin.relinearize(variable, *bound)
             return self._linearization
         del lin  # its residuals are freed before those of the new batch size are made
 
-        def prediction(x: Tensor, timestep: Tensor, *tensors: Tensor) -> Tensor:
+        def prediction(variable: Tensor, *bound: Tensor) -> Tensor:
+            x, timestep, *tensors = (*bound[:place], variable, *bound[place:])
             return predict(self.network, x, timestep, _rebuild(conditioning, iter(tensors)))
 
         self._linearization = Linearization(
-            prediction, x, (timestep, *tensors), self.backend, self.precision, None, self._copies
+            prediction, variable, bound, self.backend, self.precision, None, self._copies
         )
         self._layout = layout
         return self._linearization
@@ -61,40 +70,6 @@ class Branch:
 def predict(network: Callable[..., Any], x: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
     """The network's own output (epsilon, v, sample or velocity) at x [B, ...], timestep [B]."""
     return network(x, timestep, return_dict=False, **conditioning)[0]
-
-
-def prediction_factor(x: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: str, units: str) -> Tensor:
-    """What the prediction is multiplied with to give the score, broadcastable to x.
-
-    In the difference of two scores at one x the term in x cancels, so this factor alone turns differences of
-    predictions, and of their Jacobians, into those of scores.
-    """
-    one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-    return score_from_prediction(one, torch.zeros_like(one), alpha, sigma, prediction_type, units)
-
-
-def pair_product(lin: Linearization) -> Product:
-    """The product of (J with prompt) - (J without); both branches are one batch, those without first."""
-
-    def product(vectors: Tensor) -> Tensor:
-        without, with_prompt = lin.jvp(torch.cat([vectors, vectors]).unsqueeze(0)).squeeze(0).chunk(2)
-        return with_prompt - without
-
-    return product
-
-
-def no_product(vectors: Tensor) -> Tensor:
-    """In the place of a product where no metric declares that it needs one."""
-    raise InvalidInput("this metric uses the Hessian's product but does not declare needs_product")
-
-
-def make_evidence(
-    difference: Tensor, product: Product, timestep: Tensor, scheduler: Any, units: str
-) -> Evidence:
-    """Evidence from a difference of predictions [B, ...] and the product with that of their Jacobians."""
-    alpha, sigma = noise_level(scheduler, timestep)
-    factor = prediction_factor(difference, alpha, sigma, prediction_type_of(scheduler), units)
-    return Evidence(difference * factor, lambda vectors: product(vectors) * factor)
 
 
 def scale_model_input(scheduler: Any, latents: Tensor, t: Tensor) -> Tensor:

@@ -9,12 +9,15 @@ import torch
 from torch import Tensor
 
 from sharpcore import conditioning as text
+from sharpcore.arguments import check_prompts
 from sharpcore.backends import get_backend
-from sharpcore.branches import Branch, make_evidence, no_product, pair_product, predict, scale_model_input
-from sharpcore.detect import compute_metrics, make_metrics
+from sharpcore.branches import Branch, scale_model_input
+from sharpcore.detect import Detector, Evidence, State, compute_detectors, make_detectors
 from sharpcore.errors import InvalidInput, UnsupportedModel
-from sharpcore.lowering import check_precision
+from sharpcore.localization import HeatMap, check_maps, heat_maps
+from sharpcore.lowering import WeightCopies, check_precision
 from sharpcore.score import UNITS
+from sharpcore.states import Linearized
 from sharpcore.table import ScoreTable
 
 
@@ -36,7 +39,12 @@ class SharpnessCallback:
     latents
         The initial latents [B, C, H, W] that are passed to the pipeline, needed for step 0 only.
     metrics, units, squared, backend, precision
-        As in `SharpnessScorer`.
+        As in `SharpnessScorer`. A detector that belongs to a step of its own is computed there; rows have
+        None for what is not computed at their step.
+    prompts
+        The prompts of the samples, one or one for each image; needed by detectors that look at the end token.
+    maps
+        Names out of `metrics` whose heat maps are kept, in `heat_maps`, wherever they are computed.
     threshold
         Stop the generation as soon as `threshold_metric` (by default the first of `metrics`) of any sample is
         above it: the pipeline then ends at this step, with the latents as they are. `stopped_at` tells the
@@ -54,9 +62,11 @@ class SharpnessCallback:
         *,
         steps: Sequence[int] = (1,),
         latents: Tensor | None = None,
-        metrics: Sequence[str] = ("score_difference", "hessian_score_difference"),
+        metrics: Sequence[str | Detector] = ("score_difference", "hessian_score_difference"),
         units: str = "score",
         squared: bool = True,
+        prompts: str | Sequence[str] | None = None,
+        maps: Sequence[str] = (),
         threshold: float | None = None,
         threshold_metric: str | None = None,
         backend: str = "auto",
@@ -87,13 +97,22 @@ class SharpnessCallback:
         self.pipe = pipe
         self.steps = frozenset(steps)
         self.units = units
-        self.metrics = make_metrics(metrics, squared=squared)
+        self.metrics = make_detectors(metrics, squared=squared)
+        self.prompts = [prompts] if isinstance(prompts, str) else prompts
+        if self.prompts is not None:
+            check_prompts(self.prompts, "raise")
+        if self.prompts is None:
+            for detector in self.metrics:
+                if detector.needs_tokens:
+                    raise InvalidInput(f"prompts: {detector.name} needs them, to know their end tokens")
+        self.mapped = check_maps(maps, self.metrics)
         self.threshold = threshold
         self.threshold_metric = threshold_metric or self.metrics[0].name
         if self.threshold_metric not in [metric.name for metric in self.metrics]:
             raise InvalidInput(f"threshold_metric: expected one of metrics; got {threshold_metric!r}")
         self.stopped_at: int | None = None
         self.rows: list[dict[str, Any]] = []
+        self.heat_maps: list[HeatMap] = []
         self._backend = backend
         self._precision = precision
         self._first = latents
@@ -120,10 +139,10 @@ class SharpnessCallback:
             )
         if step == 0:
             self._start(tensors["latents"])
-            if self._first is not None and 0 in self.steps:
+            if self._first is not None and self._at(0):
                 self._score(0, self._first * getattr(pipe.scheduler, "init_noise_sigma", 1.0), tensors)
         entering = step + 1
-        if entering in self.steps and entering < len(pipe.scheduler.timesteps) and self.stopped_at is None:
+        if entering < len(pipe.scheduler.timesteps) and self.stopped_at is None and self._at(entering):
             self._score(entering, tensors["latents"], tensors)
         if self.stopped_at is not None:
             pipe._interrupt = True
@@ -135,7 +154,7 @@ class SharpnessCallback:
 
     def _start(self, latents: Tensor) -> None:
         """A new generation: its own rows, and nothing kept of networks that may have changed."""
-        self.rows, self.stopped_at = [], None
+        self.rows, self.heat_maps, self.stopped_at = [], [], None
         self._forget()
         count = len(self.pipe.scheduler.timesteps)
         if max(self.steps) >= count:
@@ -146,8 +165,28 @@ class SharpnessCallback:
                 f"got {tuple(self._first.shape)}"
             )
 
+        if self._first is None:
+            for detector in self.metrics:
+                if 0 in detector.steps(sorted(self.steps), count):
+                    raise InvalidInput(
+                        f"latents: {detector.name} is computed at step 0, which is over before the first "
+                        "callback; give the initial latents"
+                    )
+        if self.prompts is not None and len(latents) % len(self.prompts):
+            raise InvalidInput(
+                f"prompts: expected one for each of {len(latents)} images; got {len(self.prompts)}"
+            )
+
+    def _at(self, step: int) -> list[Detector]:
+        """The detectors that are computed at a step."""
+        count = len(self.pipe.scheduler.timesteps)
+        return [d for d in self.metrics if step in d.steps(sorted(self.steps), count)]
+
     def _forget(self) -> None:
-        self._branch = Branch(self.pipe.unet, self._backend, self._precision, {})
+        copies = WeightCopies()
+        unet, how = self.pipe.unet, (self._backend, self._precision, copies)
+        self._conditional, self._without = Branch(unet, *how), Branch(unet, *how)
+        self._embedding = Branch(unet, *how, of_embedding=True)
         self._unconditional: text.Conditioning | None = None
 
     @torch.no_grad()
@@ -159,23 +198,42 @@ class SharpnessCallback:
         t = scheduler.timesteps[step]
         x = _scaled(scheduler, latents, t, step)
         timestep = t.to(place.device).expand(x.shape[0])
-        both = text.concat_conditioning([unconditional, conditional])
-        pair, times = torch.cat([x, x]), torch.cat([timestep, timestep])
-        if any(metric.needs_product for metric in self.metrics):
-            lin = self._branch.at(pair, times, both)
-            value, product = lin.value, pair_product(lin)
-        else:
-            value, product = predict(unet, pair, times, both), no_product
-        without, with_prompt = value.chunk(2)
-        evidence = make_evidence(with_prompt - without, product, timestep, scheduler, self.units)
-        names = [metric.name for metric in self.metrics]
-        computed = dict(zip(names, compute_metrics(self.metrics, evidence).tolist(), strict=True))
-        for sample in range(x.shape[0]):
+        count = x.shape[0]
+        here = self._at(step)
+        state = State(
+            network=unet,
+            scheduler=scheduler,
+            step=step,
+            x=x,
+            timestep=timestep,
+            seeds=range(count),
+            conditional=conditional,
+            unconditional=unconditional,
+            units=self.units,
+            end_tokens=self._end_tokens(count) if any(d.needs_tokens for d in here) else None,
+            reads_attention=any(detector.needs_attention for detector in here),
+            embedding_branch=self._embedding,
+        )
+        if any(detector.needs_product for detector in here):
+            state.with_prompt = lambda: Linearized(self._conditional.at(x, timestep, conditional))
+            state.without = lambda: Linearized(self._without.at(x, timestep, unconditional))
+        evidence = Evidence(state)
+        found = compute_detectors(here, evidence).tolist()
+        computed = {detector.name: values for detector, values in zip(here, found, strict=True)}
+        for sample in range(count):
             row: dict[str, Any] = {"sample": sample, "step": step, "timestep": float(t)}
-            row.update((name, values[sample]) for name, values in computed.items())
+            row.update((d.name, computed[d.name][sample] if d in here else None) for d in self.metrics)
             self.rows.append(row)
-        if self.threshold is not None and max(computed[self.threshold_metric]) > self.threshold:
+        self.heat_maps += heat_maps([d for d in here if d.name in self.mapped], evidence, self.pipe)
+        watched = computed.get(self.threshold_metric)
+        if self.threshold is not None and watched is not None and max(watched) > self.threshold:
             self.stopped_at = step
+
+    def _end_tokens(self, count: int) -> list[int]:
+        """Of each sample's prompt; all images of a prompt lie together."""
+        assert self.prompts is not None
+        images = count // len(self.prompts)
+        return [text.end_token(self.pipe, prompt) for prompt in self.prompts for _ in range(images)]
 
     def _conditionings(
         self, tensors: dict[str, Any], latents: Tensor

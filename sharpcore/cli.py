@@ -6,7 +6,7 @@ import json
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,6 +28,7 @@ from sharpcore.cli_run import (
     load_pipeline,
     memory_bytes,
     model_folder,
+    print_table,
     say,
     seed_list,
     with_options,
@@ -64,9 +65,13 @@ app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty
 class Scoring(Running):
     """The options that `score` and `evaluate` share."""
 
-    metrics: Annotated[str, typer.Option(help="Comma-separated.", rich_help_panel="Scoring")] = (
-        "score_difference,hessian_score_difference"
-    )
+    metrics: Annotated[
+        str,
+        typer.Option(
+            help="Comma-separated; `sharpcore detectors` lists them. Options: p_laplace:p=2:probes=8.",
+            rich_help_panel="Scoring",
+        ),
+    ] = "score_difference,hessian_score_difference"
     units: Annotated[str, typer.Option(help="score or eps", rich_help_panel="Scoring")] = "score"
     squared: Annotated[
         bool,
@@ -125,8 +130,6 @@ def evaluate(
     options: Scoring,
 ) -> None:
     """How well each metric separates memorized prompts from others: AUC, TPR at low FPR, intervals."""
-    from rich.console import Console
-
     from sharpcore.report import evaluate_table
     from sharpcore.report.evaluation import evaluation_table, is_positive
     from sharpcore.report.figures import plot_histograms, plot_roc
@@ -160,13 +163,25 @@ def evaluate(
     (out / "evaluation.json").write_text(
         json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    console = Console()
-    if not console.is_terminal:
-        console.width = 140
-    console.print(evaluation_table(evaluations))
+    print_table(evaluation_table(evaluations))
 
 
 app.command()(spectrum)
+
+
+@app.command("detectors")
+def list_detectors(
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dimension: Annotated[int, typer.Option(min=1, help="Entries of a latent, for the costs.")] = 16384,
+) -> None:
+    """The detectors that `--metrics` takes: cost alone for one prompt and seed at the first step, source."""
+    from sharpcore.report.detectors import describe, detectors_table
+
+    rows = describe(dimension)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    print_table(detectors_table(rows))
 
 
 @app.command()
@@ -197,15 +212,15 @@ def _interrupt(number: int, frame: Any) -> None:
 def _score(prompts: Sequence[PromptRow], output: Path, options: Scoring) -> None:
     """Score prompts into a table; on any error the finished rows are kept for --resume."""
     from sharpcore.conditioning import latent_shape
-    from sharpcore.detect import make_metrics
+    from sharpcore.detect import make_detectors
     from sharpcore.pipeline import SharpnessScorer
 
     prompts = prompts[: options.limit]
     check_output(output, resume=options.resume, overwrite=options.overwrite)
     seeds, steps = seed_list(options.seeds), integers("--steps", options.steps)
-    metrics = [
-        metric.name for metric in make_metrics(options.metrics.replace(" ", "").split(","), squared=True)
-    ]
+    asked_metrics = options.metrics.replace(" ", "").split(",")
+    detectors = make_detectors(asked_metrics, squared=options.squared)
+    metrics = [detector.name for detector in detectors]
     budget = memory_bytes(options.memory_budget)
     own = {"prompt", "step", "timestep", "error"}
     own |= {f"{name}{suffix}" for name in metrics for suffix in ("", "_se", "_seeds")}
@@ -224,6 +239,7 @@ def _score(prompts: Sequence[PromptRow], output: Path, options: Scoring) -> None
         "num_inference_steps": options.num_inference_steps,
         "guidance": options.guidance,
         "metrics": metrics,
+        "options": {detector.name: detector.options() for detector in detectors},
         "units": options.units,
         "squared": options.squared,
         "latent_size": list(latent_shape(pipe, options.height, options.width)[1:]),
@@ -238,10 +254,13 @@ def _score(prompts: Sequence[PromptRow], output: Path, options: Scoring) -> None
         memory_budget=budget,
     )
     asked: dict[str, Any] = {
-        name: settings[name] for name in ("steps", "seeds", "metrics", "units", "squared", "latent_size")
-    }
+        name: settings[name] for name in ("steps", "seeds", "units", "squared", "latent_size")
+    } | {"metrics": detectors}
     check_steps(steps, len(scorer.timesteps))
-    timesteps = [float(scorer.timesteps[step]) for step in steps]
+    rows_at = scorer.row_steps(steps, detectors)
+    settings |= {"steps": list(rows_at), "asked_steps": steps}
+    settings["costs"] = {d.name: asdict(scorer.cost([d], steps=steps)) for d in detectors}
+    timesteps = [float(scorer.timesteps[step]) for step in rows_at]
     write_table(
         output,
         prompts,

@@ -85,6 +85,16 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+def print_table(table: Any) -> None:
+    """Print a rich table, wide enough where the output is no terminal."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = 140
+    console.print(table)
+
+
 def write_table(
     output: Path,
     prompts: Sequence[PromptRow],

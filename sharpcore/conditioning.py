@@ -211,6 +211,19 @@ def dropped_tokens(pipe: Any, prompt: str) -> int:
     return most
 
 
+def end_token(pipe: Any, prompt: str) -> int:
+    """The place of a prompt's end token in its embedding: behind its words, or the last where it is cut off.
+
+    An XL pipeline's first tokenizer counts.
+    """
+    tokenizer, _ = _pairs(pipe)[0]
+    convert = getattr(pipe, "maybe_convert_prompt", None)
+    words = convert(prompt, tokenizer) if convert is not None else prompt
+    with _TOKENIZING:
+        tokens = tokenizer(words, truncation=True, max_length=tokenizer.model_max_length).input_ids
+    return len(tokens) - 1
+
+
 def latent_shape(pipe: Any, height: int | None = None, width: int | None = None) -> tuple[int, int, int]:
     """The latent's (channels, height, width) for an image of ``height`` x ``width`` pixels.
 

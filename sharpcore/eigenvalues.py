@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from sharpcore.curvature import Curvature
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.block_lanczos import block_lanczos
 from sharpcore.krylov.dense import MOST, dense
@@ -19,7 +18,7 @@ from sharpcore.krylov.estimation import mean_and_error
 from sharpcore.krylov.operator import BatchedOperator, Multiply, as_batched
 from sharpcore.krylov.probes import probes
 from sharpcore.krylov.solution import Estimate
-from sharpcore.operators import Hessian, HessianDifference
+from sharpcore.operators import CurvatureOperator
 
 METHODS = ("auto", "dense", "lanczos")
 # Up to here the whole matrix takes about as many products as block Lanczos and the probes together.
@@ -31,6 +30,34 @@ _SEED = 0
 # Points of the density's grid, and the standard deviation of its smoothing in widths of the spectrum.
 GRID = 256
 _SMOOTHING = 1 / 100
+
+
+class States(Protocol):
+    """What is taken of a `sharpcore.Curvature`: B states, their scores and Hessians."""
+
+    @property
+    def x(self) -> Tensor: ...
+
+    @property
+    def seeds(self) -> tuple[int, ...] | None: ...
+
+    @property
+    def sigma(self) -> float: ...
+
+    @property
+    def score(self) -> Tensor: ...
+
+    @property
+    def unconditional_score(self) -> Tensor: ...
+
+    def operator(self, condition: str = ...) -> Symmetrized: ...
+
+
+class Symmetrized(Protocol):
+    """A Hessian, and the Jacobian whose symmetric part it is."""
+
+    @property
+    def jacobian(self) -> CurvatureOperator: ...
 
 
 @dataclass(frozen=True)
@@ -60,7 +87,7 @@ class Numbers:
         return self.method
 
 
-def compute(curvature: Curvature, how: Numbers, check_time: Callable[[], None]) -> list[dict[str, Any]]:
+def compute(curvature: States, how: Numbers, check_time: Callable[[], None]) -> list[dict[str, Any]]:
     """The columns of `SpectrumTable` that are numbers, one dictionary a sample.
 
     `check_time` is called between products and may raise. Raises NonFiniteError where a product is not
@@ -99,9 +126,7 @@ def compute(curvature: Curvature, how: Numbers, check_time: Callable[[], None]) 
 _Found = tuple[Density, dict[str, Estimate], list[dict[str, Any]]]
 
 
-def _dense(
-    operator: Hessian | HessianDifference, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
-) -> _Found:
+def _dense(operator: Any, curvature: States, how: Numbers, check_time: Callable[[], None]) -> _Found:
     jacobian = as_batched(operator.jacobian, batched=True)
     block = max(1, DENSE_VECTORS // jacobian.samples)
     pairs, norms = [], []
@@ -126,9 +151,7 @@ def _dense(
     return density, exact, rows
 
 
-def _lanczos(
-    operator: Hessian | HessianDifference, curvature: Curvature, how: Numbers, check_time: Callable[[], None]
-) -> _Found:
+def _lanczos(operator: Any, curvature: States, how: Numbers, check_time: Callable[[], None]) -> _Found:
     hessian, jacobian = (
         _watched(as_batched(each, batched=True), check_time) for each in (operator, operator.jacobian)
     )

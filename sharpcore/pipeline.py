@@ -6,6 +6,7 @@ import math
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -21,23 +22,16 @@ from sharpcore.arguments import (
     is_number,
 )
 from sharpcore.backends import get_backend
-from sharpcore.branches import (
-    Branch,
-    Product,
-    advance,
-    make_evidence,
-    no_product,
-    pair_product,
-    predict,
-    scale_model_input,
-)
-from sharpcore.detect import Metric, compute_metrics, make_metrics
+from sharpcore.branches import Branch, advance, scale_model_input
+from sharpcore.detect import Cost, Detector, Evidence, State, compute_detectors, cost_of, make_detectors
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
 from sharpcore.linearization import Linearization
 from sharpcore.lowering import WeightCopies, check_precision
 from sharpcore.memory import available_bytes, is_out_of_memory
 from sharpcore.score import UNITS, schedule
+from sharpcore.shared_branch import SharedBranch
+from sharpcore.states import Linearized, Predicted, SharedSide, Side
 from sharpcore.table import ScoreTable
 from sharpcore.trajectory import (
     initial_latents,
@@ -60,16 +54,33 @@ _WORKSPACE = 1.5
 class _Plan:
     """What one call asks for, checked."""
 
-    steps: tuple[int, ...]
+    asked: tuple[int, ...]
+    count: int
     seeds: tuple[int, ...]
-    metrics: tuple[Metric, ...]
+    detectors: tuple[Detector, ...]
     units: str
     shape: tuple[int, int, int]
 
-    @property
+    @cached_property
+    def steps(self) -> tuple[int, ...]:
+        """The steps that have a row: those asked for, then those where a detector is computed whatever is
+        asked for."""
+        used = {step for detector in self.detectors for step in detector.steps(self.asked, self.count)}
+        return (*(step for step in self.asked if step in used), *sorted(used - set(self.asked)))
+
+    def at(self, step: int) -> list[Detector]:
+        """The detectors that are computed at a step."""
+        return [d for d in self.detectors if step in d.steps(self.asked, self.count)]
+
+    @cached_property
     def products_at(self) -> tuple[int, ...]:
-        """The steps at which a metric multiplies with the Hessian."""
-        return self.steps if any(metric.needs_product for metric in self.metrics) else ()
+        """The steps at which a detector multiplies with a Jacobian."""
+        return tuple(step for step in self.steps if any(d.needs_product for d in self.at(step)))
+
+    @property
+    def dimension(self) -> int:
+        """Entries of a latent."""
+        return math.prod(self.shape)
 
 
 class SharpnessScorer:
@@ -136,7 +147,7 @@ class SharpnessScorer:
         *,
         steps: Sequence[int] = (0,),
         seeds: int | Sequence[int] = 4,
-        metrics: Sequence[str] = ("score_difference", "hessian_score_difference"),
+        metrics: Sequence[str | Detector] = ("score_difference", "hessian_score_difference"),
         units: str = "score",
         squared: bool = True,
         on_error: str = "raise",
@@ -154,7 +165,9 @@ class SharpnessScorer:
             A number n (seeds 42, 43, ..., 42 + n - 1) or a list. Seed k draws its latent alone:
             `torch.randn((1, C, H, W), generator=torch.Generator("cpu").manual_seed(k))`.
         metrics
-            Names out of `sharpcore.detect.METRICS`.
+            Detectors: names such as `sharpcore.detect.detectors()` lists, with options as in
+            "p_laplace:p=2", or objects. One that belongs to a step of its own (the first, or the last) is
+            computed there whatever `steps` says; a row has None for what is not computed at its step.
         units
             "score" (the gradient of log p) or "eps" (the predicted noise and its Jacobian).
         squared
@@ -187,7 +200,7 @@ class SharpnessScorer:
         *,
         steps: Sequence[int] = (0,),
         seeds: int | Sequence[int] = 4,
-        metrics: Sequence[str] = ("score_difference", "hessian_score_difference"),
+        metrics: Sequence[str | Detector] = ("score_difference", "hessian_score_difference"),
         units: str = "score",
         squared: bool = True,
         on_error: str = "raise",
@@ -197,6 +210,21 @@ class SharpnessScorer:
         plan = self._plan(steps, seeds, metrics, units, squared, latent_size)
         errors = check_prompts(prompts, on_error)
         return self._blocks(list(prompts), errors, plan, record=on_error == "record")
+
+    def row_steps(self, steps: Sequence[int], metrics: Sequence[str | Detector]) -> tuple[int, ...]:
+        """The steps that a table of these metrics has rows of. Raises as a call."""
+        return self._plan(steps, 1, metrics, "score", True, None).steps
+
+    def cost(
+        self,
+        metrics: Sequence[str | Detector],
+        *,
+        steps: Sequence[int] = (0,),
+        latent_size: tuple[int, int] | None = None,
+    ) -> Cost:
+        """What it costs to compute these metrics together for one prompt and seed. Raises as a call."""
+        plan = self._plan(steps, 1, metrics, "score", True, latent_size)
+        return cost_of(plan.detectors, dimension=plan.dimension, steps=plan.asked, count=plan.count)
 
     def reset(self) -> None:
         """Forget linearizations and their memory."""
@@ -214,8 +242,9 @@ class SharpnessScorer:
         channels, height, width = text.latent_shape(self.pipe)
         if latent_size is not None:
             height, width = check_latent_size(latent_size)
-        made = tuple(make_metrics(metrics, squared=squared))
-        return _Plan(steps, seeds, made, units, (channels, height, width))
+        made = tuple(make_detectors(metrics, squared=squared))
+        count = len(self.timesteps)
+        return _Plan(steps, count, seeds, made, units, (channels, height, width))
 
     def _blocks(
         self, prompts: list[str], errors: list[str | None], plan: _Plan, record: bool
@@ -241,7 +270,7 @@ class SharpnessScorer:
             start = stop
 
     def _score_each(self, prompts: list[str], plan: _Plan, record: bool) -> list[dict[int, Tensor] | str]:
-        """For each prompt its metrics [metric, seed] by step or, with `record`, why there are none."""
+        """For each prompt its metrics [detector, seed] by step or, with `record`, why there are none."""
         try:
             values = self._score_block(prompts, plan)
         except NonFiniteError as error:
@@ -253,7 +282,7 @@ class SharpnessScorer:
         return [{step: values[step][:, i] for step in plan.steps} for i in range(len(prompts))]
 
     def _score_block(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
-        """Per step the metrics [metric, prompt, seed], float64; halves the batch while memory runs out."""
+        """Per step the metrics [detector, prompt, seed], float64; halves the batch while memory runs out."""
         while True:
             try:
                 return self._score_all(prompts, plan)
@@ -273,7 +302,7 @@ class SharpnessScorer:
     def _score_all(self, prompts: list[str], plan: _Plan) -> dict[int, Tensor]:
         conditioning = text.encode_prompts(self.pipe, prompts, **pixels(self.pipe, plan.shape))
         result = {
-            step: torch.empty(len(plan.metrics), len(prompts), len(plan.seeds)).double()
+            step: torch.empty(len(plan.detectors), len(prompts), len(plan.seeds)).double()
             for step in plan.steps
         }
         group, batch = min(len(plan.seeds), self._capacity(plan)), self._prompts_per_batch(plan)
@@ -282,7 +311,7 @@ class SharpnessScorer:
             for start in range(0, len(prompts), batch):
                 rows = slice(start, min(start + batch, len(prompts)))
                 part = text.select_conditioning(conditioning, rows)
-                for step, values in self._score_batch(part, seeds, plan).items():
+                for step, values in self._score_batch(prompts[rows], part, seeds, plan).items():
                     result[step][:, rows, first : first + len(seeds)] = values
         return result
 
@@ -301,17 +330,18 @@ class SharpnessScorer:
         if state != self._state:
             self._forget()
             self._state = state
+        self._shared.keep_only(plan.seeds)
         if not plan.products_at or self._memory is not None:
             return
         try:
             # One sample alone, before a whole batch is tried; its prediction is kept.
-            self._shared.linearizations(plan.seeds[:1], plan)
+            self._shared.linearizations(plan.seeds[:1], plan.shape)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             self._forget()
             raise OutOfMemory(self._what_would_fit(plan, error)) from error
-        if 0 not in plan.steps:
+        if 0 not in plan.products_at:
             self._shared.drop_linearizations()
 
     def _forget(self) -> None:
@@ -319,12 +349,13 @@ class SharpnessScorer:
             None  # the budget and what a sample's residuals take, bytes
         )
         self._copies: WeightCopies = {}
-        self._shared = _SharedBranch(self)
+        self._shared = SharedBranch(self)
         self._conditional = self._branch()
-        self._pair = self._branch()
+        self._unconditional = self._branch()
+        self._embedding = self._branch(of_embedding=True)
 
-    def _branch(self) -> Branch:
-        return Branch(self.pipe.unet, self.backend, self.precision, self._copies)
+    def _branch(self, *, of_embedding: bool = False) -> Branch:
+        return Branch(self.pipe.unet, self.backend, self.precision, self._copies, of_embedding=of_embedding)
 
     def _learn_memory(self, lin: Linearization) -> None:
         budget: float | None = self.memory_budget
@@ -340,9 +371,10 @@ class SharpnessScorer:
         if self._memory is None or not plan.products_at:
             return most
         budget, sample = self._memory
-        # At the first step the unconditional residuals stay beside those of the conditional batch; later both
-        # are one batch.
-        kept = 2 * (0 in plan.products_at) + 2 * (max(plan.products_at) > 0)
+        # Beside the residuals with the prompt, those without stay: of the first step, of later ones, or of
+        # both; and those of the embedding.
+        kept = 1 + (0 in plan.products_at) + (max(plan.products_at) > 0)
+        kept += any(detector.needs_embedding for detector in plan.detectors)
         return max(1, int(min(most, budget / (sample * (kept + _WORKSPACE)))))
 
     def _prompts_per_batch(self, plan: _Plan) -> int:
@@ -357,77 +389,74 @@ class SharpnessScorer:
 
     @torch.no_grad()
     def _score_batch(
-        self, conditional: text.Conditioning, seeds: tuple[int, ...], plan: _Plan
+        self, prompts: Sequence[str], conditional: text.Conditioning, seeds: tuple[int, ...], plan: _Plan
     ) -> dict[int, Tensor]:
-        prompts = next(iter(conditional.values())).shape[0]
-        count = prompts * len(seeds)
+        count = len(prompts) * len(seeds)
         scheduler = trajectory_scheduler(self.pipe, self.num_inference_steps)
-        generators = seeded_generators(seeds * prompts)
+        generators = seeded_generators(seeds * len(prompts))
         latents = initial_latents(self.pipe, generators, scheduler, plan.shape)
-        repeated = [i for i in range(prompts) for _ in seeds]
+        repeated = [i for i in range(len(prompts)) for _ in seeds]
         conditional = text.select_conditioning(conditional, repeated)
-        unconditional = text.repeat_conditioning(self._shared.conditioning(plan), count)
+        unconditional = text.repeat_conditioning(self._shared.conditioning(plan.shape), count)
+        end_tokens = None
+        if any(detector.needs_tokens for detector in plan.detectors):
+            ends = [text.end_token(self.pipe, prompt) for prompt in prompts]
+            end_tokens = [ends[i] for i in repeated]
         values: dict[int, Tensor] = {}
         last = max(plan.steps)
         for step, t in enumerate(scheduler.timesteps[: last + 1]):
-            x = scale_model_input(scheduler, latents, t)
-            timestep = t.to(self._device).expand(count)
-            if step == 0:
-                without, with_prompt, product = self._first_step(x, timestep, conditional, seeds, plan)
-            else:
-                without, with_prompt, product = self._later_step(
-                    step, x, timestep, conditional, unconditional, plan
-                )
-            if step in plan.steps:
-                evidence = make_evidence(with_prompt - without, product, timestep, scheduler, plan.units)
-                values[step] = (
-                    compute_metrics(plan.metrics, evidence).unflatten(1, (prompts, len(seeds))).cpu()
-                )
+            here = plan.at(step)
+            state = State(
+                network=self.pipe.unet,
+                scheduler=scheduler,
+                step=step,
+                x=scale_model_input(scheduler, latents, t),
+                timestep=t.to(self._device).expand(count),
+                seeds=seeds * len(prompts),
+                conditional=conditional,
+                unconditional=unconditional,
+                units=plan.units,
+                end_tokens=end_tokens,
+                reads_attention=any(detector.needs_attention for detector in here),
+                embedding_branch=self._embedding,
+                known=self._shared.known if step == 0 else None,
+            )
+            self._give_sides(state, seeds, plan)
+            evidence = Evidence(state)
+            both = step < last or any("prediction without" in d.parts(plan.dimension) for d in here)
+            if both and step > 0 and step not in plan.products_at:
+                evidence.predict_together()
+            if here:
+                found = compute_detectors(here, evidence).unflatten(1, (len(prompts), len(seeds)))
+                values[step] = torch.full((len(plan.detectors), *found.shape[1:]), math.nan).double()
+                values[step][[plan.detectors.index(detector) for detector in here]] = found
             if step < last:
+                without, with_prompt = evidence.without.value, evidence.with_prompt.value
                 guided = without + self.guidance_scale * (with_prompt - without)
                 latents = advance(scheduler, guided, t, latents, generators)
         return values
 
-    def _first_step(
-        self, x: Tensor, timestep: Tensor, conditional: text.Conditioning, seeds: tuple[int, ...], plan: _Plan
-    ) -> tuple[Tensor, Tensor, Product]:
-        """Predictions without and with the prompt, and the product with the difference of their Jacobians."""
+    def _give_sides(self, state: State, seeds: tuple[int, ...], plan: _Plan) -> None:
+        """Say how the two sides of a state are made: linearized if a detector multiplies with them, and the
+        one without a prompt shared by all prompts at the first step."""
+        x, timestep = state.x, state.timestep
+        conditional, unconditional = state.conditional, state.unconditional
         prompts = x.shape[0] // len(seeds)
-        if 0 not in plan.products_at:
-            without = self._shared.prediction(seeds, plan).repeat(prompts, 1, 1, 1)
-            return without, predict(self.pipe.unet, x, timestep, conditional), no_product
-        parts = self._shared.linearizations(seeds, plan)
-        without = torch.cat([lin.value for lin in parts]).repeat(prompts, 1, 1, 1)
-        lin = self._conditional.at(x, timestep, conditional)
 
-        def product(vectors: Tensor) -> Tensor:
-            pushed = lin.jvp(vectors.unsqueeze(0)).squeeze(0)
-            # Every prompt is a tangent of the same unconditional linearization.
-            by_seed = vectors.unflatten(0, (prompts, len(seeds)))
-            sizes = [part.x.shape[0] for part in parts]
-            pieces = [part.jvp(piece) for part, piece in zip(parts, by_seed.split(sizes, 1), strict=True)]
-            return pushed - torch.cat(pieces, 1).flatten(0, 1)
+        def shared() -> Side:
+            parts = self._shared.linearizations(seeds, plan.shape)
+            return SharedSide(parts, prompts, self._shared.products)
 
-        return without, lin.value, product
+        def known() -> Side:
+            return Predicted(self._shared.prediction(seeds, plan.shape).repeat(prompts, 1, 1, 1))
 
-    def _later_step(
-        self,
-        step: int,
-        x: Tensor,
-        timestep: Tensor,
-        conditional: text.Conditioning,
-        unconditional: text.Conditioning,
-        plan: _Plan,
-    ) -> tuple[Tensor, Tensor, Product]:
-        """As `_first_step`, with both branches in one batch."""
-        both = text.concat_conditioning([unconditional, conditional])
-        pair, times = torch.cat([x, x]), torch.cat([timestep, timestep])
-        if step not in plan.products_at:
-            without, with_prompt = predict(self.pipe.unet, pair, times, both).chunk(2)
-            return without, with_prompt, no_product
-        lin = self._pair.at(pair, times, both)
-        without, with_prompt = lin.value.chunk(2)
-        return without, with_prompt, pair_product(lin)
+        if state.step in plan.products_at:
+            state.with_prompt = lambda: Linearized(self._conditional.at(x, timestep, conditional))
+            state.without = lambda: Linearized(self._unconditional.at(x, timestep, unconditional))
+            if state.step == 0:
+                state.without = shared
+        elif state.step == 0:
+            state.without = known
 
     # -- small parts -----------------------------------------------------------------------------------------
 
@@ -445,71 +474,18 @@ class SharpnessScorer:
         )
 
 
-class _SharedBranch:
-    """The unconditional branch at the first step: the same for every prompt, computed once for each seed."""
-
-    def __init__(self, scorer: SharpnessScorer) -> None:
-        self._scorer = scorer
-        self._conditioning: text.Conditioning | None = None
-        self._parts: list[tuple[tuple[int, ...], Linearization]] = []
-        self._predictions: dict[int, Tensor] = {}
-
-    def conditioning(self, plan: _Plan) -> text.Conditioning:
-        if self._conditioning is None:
-            self._conditioning = text.encode_unconditional(
-                self._scorer.pipe, **pixels(self._scorer.pipe, plan.shape)
-            )
-        return self._conditioning
-
-    def _inputs(self, seeds: Sequence[int], plan: _Plan) -> tuple[Tensor, Tensor, text.Conditioning]:
-        scorer = self._scorer
-        scheduler = trajectory_scheduler(scorer.pipe, scorer.num_inference_steps)
-        latents = initial_latents(scorer.pipe, seeded_generators(seeds), scheduler, plan.shape)
-        t = scheduler.timesteps[0]
-        x = scale_model_input(scheduler, latents, t)
-        conditioning = text.repeat_conditioning(self.conditioning(plan), len(seeds))
-        return x, t.to(scorer._device).expand(len(seeds)), conditioning
-
-    @torch.no_grad()
-    def linearizations(self, seeds: tuple[int, ...], plan: _Plan) -> list[Linearization]:
-        """Linearizations that together cover the seeds, in their order: the first alone, then the others."""
-        done = tuple(seed for part, _ in self._parts for seed in part)
-        if done != seeds:
-            if done != seeds[:1]:
-                self._parts = []
-            parts = (seeds[:1], seeds[1:]) if done != seeds[:1] else (seeds[1:],)
-            for part in filter(None, parts):
-                lin = self._scorer._branch().at(*self._inputs(part, plan))
-                if self._scorer._memory is None:
-                    self._scorer._learn_memory(lin)
-                self._parts.append((part, lin))
-                self._predictions.update(zip(part, lin.value, strict=True))
-        return [lin for _, lin in self._parts]
-
-    def drop_linearizations(self) -> None:
-        self._parts = []
-
-    @torch.no_grad()
-    def prediction(self, seeds: tuple[int, ...], plan: _Plan) -> Tensor:
-        """The unconditional predictions alone, [S, C, H, W], without a linearization."""
-        missing = tuple(seed for seed in seeds if seed not in self._predictions)
-        if missing:
-            x, timestep, conditioning = self._inputs(missing, plan)
-            values = predict(self._scorer.pipe.unet, x, timestep, conditioning)
-            self._predictions.update(zip(missing, values, strict=True))
-        return torch.stack([self._predictions[seed] for seed in seeds])
-
-
 def _row(
     prompt: str, step: int, timestep: float, plan: _Plan, found: dict[int, Tensor] | str | None
 ) -> dict[str, Any]:
-    """A table row; `found` has the metrics [metric, seed] of each step, float64, or is the error."""
+    """A table row; `found` has the metrics [detector, seed] of each step, float64, or is the error."""
     row: dict[str, Any] = {"prompt": prompt, "step": step, "timestep": timestep}
-    for i, metric in enumerate(plan.metrics):
-        per_seed = found[step][i] if isinstance(found, dict) else None
-        row[metric.name] = None if per_seed is None else float(per_seed.mean())
+    here = plan.at(step)
+    for i, detector in enumerate(plan.detectors):
+        per_seed = found[step][i] if isinstance(found, dict) and detector in here else None
+        name = detector.name
+        row[name] = None if per_seed is None else float(per_seed.mean())
         several = per_seed is not None and len(per_seed) > 1
-        row[f"{metric.name}_se"] = float(per_seed.std() / len(per_seed) ** 0.5) if several else None  # type: ignore[union-attr,arg-type]
-        row[f"{metric.name}_seeds"] = None if per_seed is None else per_seed.tolist()
+        row[f"{name}_se"] = float(per_seed.std() / len(per_seed) ** 0.5) if several else None  # type: ignore[union-attr,arg-type]
+        row[f"{name}_seeds"] = None if per_seed is None else per_seed.tolist()
     row["error"] = None if isinstance(found, dict) else found
     return row

@@ -61,10 +61,12 @@ def guided_states(
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """(step, timestep [], x [B, C, H, W] as the network sees it) at each of the steps, in ascending order.
 
-    Between them the trajectory is that of classifier-free guidance, both branches in one batch of 2 B.
+    The step after the last one has the finished latents. Between them the trajectory is that of
+    classifier-free guidance, both branches in one batch of 2 B.
     """
     both = text.concat_conditioning([unconditional, conditional])
     last = max(steps)
+    count = len(scheduler.timesteps)
     for step, t in enumerate(scheduler.timesteps[: last + 1]):
         x = scale_model_input(scheduler, latents, t)
         if step in steps:
@@ -76,6 +78,8 @@ def guided_states(
                 without, with_prompt = predict(pipe.unet, pair, timestep, both).chunk(2)
                 guided = without + guidance_scale * (with_prompt - without)
                 latents = advance(scheduler, guided, t, latents, generators)
+    if count in steps:
+        yield count, scheduler.timesteps[-1], latents
 
 
 def warn_if_cut(pipe: Any, index: int, prompt: str) -> None:

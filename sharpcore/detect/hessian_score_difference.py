@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
-from sharpcore.detect.evidence import Evidence, Metric, sample_norms
+from sharpcore.detect.detector import PREDICTIONS, Cost, Detector, sample_norms
+from sharpcore.detect.evidence import Evidence
+from sharpcore.detect.options import check_flag
 
 
-class HessianScoreDifference(Metric):
+class HessianScoreDifference(Detector):
     """||(H(x, prompt) - H(x, no prompt)) s_D||^2, or its root with squared=False (arXiv 2412.04140).
 
     The paper squares, its released code does not: the same ranking for one seed, not for means over several.
@@ -19,6 +23,12 @@ class HessianScoreDifference(Metric):
         "arXiv 2412.04140"
     )
     needs_product = True
+
+    def __init__(self, *, squared: bool = True) -> None:
+        self.squared = check_flag("squared", squared)
+
+    def parts(self, dimension: int) -> Mapping[str, Cost]:
+        return PREDICTIONS | {"product of the difference": Cost(products=2)}
 
     def compute(self, evidence: Evidence) -> Tensor:
         norms = sample_norms(evidence.hessian_difference_product)
