@@ -25,6 +25,8 @@ _EXPORTS = {
     "SpectrumTable": "sharpcore.spectra",
     "PosteriorCovariance": "sharpcore.posterior",
     "posterior_modes": "sharpcore.posterior",
+    "Calibration": "sharpcore.calibration",
+    "calibrate": "sharpcore.calibration",
 }
 _ERRORS = (
     "SharpcoreError",
@@ -40,6 +42,8 @@ _EXPORTS.update(dict.fromkeys(_ERRORS, "sharpcore.errors"))
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from sharpcore.calibration import Calibration as Calibration
+    from sharpcore.calibration import calibrate as calibrate
     from sharpcore.callback import SharpnessCallback as SharpnessCallback
     from sharpcore.curvature import Curvature as Curvature
     from sharpcore.curvature import curvature_along as curvature_along

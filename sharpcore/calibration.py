@@ -1,4 +1,4 @@
-"""Thresholds with a guarantee: conformal p-values of scores against prompts that are known not to be memorized."""
+"""Thresholds with a guarantee: conformal p-values of scores against prompts that are not memorized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -203,7 +203,7 @@ class Calibration:
         if not Path(path).is_file():
             raise InvalidInput(f"{path}: there is no such file")
         try:
-            document = json.loads(Path(path).read_bytes())
+            document = json.loads(Path(path).read_bytes(), parse_constant=_no_number)
         except ValueError as error:
             raise InvalidInput(f"{path}: not a calibration file, or damaged: {error}") from None
         if not isinstance(document, dict) or _SCHEMA not in document:
@@ -350,7 +350,7 @@ def calibrated_table(metrics: Sequence[str]) -> type[ScoreTable]:
     class CalibratedTable(ScoreTable):
         """Scores of prompts with conformal p-values and decisions."""
 
-        standard = {**ScoreTable.standard, **own}
+        standard: ClassVar[Mapping[str, str]] = {**ScoreTable.standard, **own}
 
         @classmethod
         def empty_rows(cls, settings: Mapping[str, Any], timesteps: Sequence[float]) -> list[Row]:
@@ -411,6 +411,10 @@ def _identity(name: str, value: Any) -> Any:
     if name == "model" and (match := re.fullmatch(r".* ([0-9a-f]{16})", str(value))):
         return match[1]
     return value
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no score")
 
 
 def _checksum(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""How well a score separates two groups of prompts, in numbers and pictures, and what else tells them apart."""
+"""How well a score separates two groups of prompts, in numbers and pictures, and what else separates them."""
 
 from __future__ import annotations
 

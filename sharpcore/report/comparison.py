@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from sharpcore.report.delong import normal_quantile, placements, variance
 from sharpcore.report.evaluation import check_bootstrap, finite_scores
 from sharpcore.report.labels import LabelledScores, Place
 from sharpcore.report.resampling import Floats, Interval, Tally, areas, draws, middle
+
+if TYPE_CHECKING:
+    from rich.table import Table as RichTable
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ def compare_labelled(
     if not chosen:
         return []
     return compare(scores, labelled.positive.tolist(), pairs=chosen, bootstrap=bootstrap, seed=seed)
+
+
+def comparison_table(comparisons: Sequence[Comparison]) -> RichTable:
+    """The comparisons as a rich table for the terminal, one row each."""
+    from rich.table import Table
+
+    table = Table(title="differences of AUC on the same prompts (95 % intervals)")
+    for name in ("first", "second", "AUC", "AUC of second", "difference", "bootstrap", "p", "p (Holm)"):
+        table.add_column(name, justify="left" if name in ("first", "second") else "right")
+    for item in comparisons:
+        shown = f"{item.difference:+.3f}"
+        if item.interval is not None:
+            shown += f" ({item.interval[0]:+.3f} to {item.interval[1]:+.3f})"
+        low, high = item.bootstrap_interval
+        p_values = ["" if p is None else f"{p:.2g}" for p in (item.p_value, item.p_adjusted)]
+        aucs = (f"{item.auc_first:.3f}", f"{item.auc_second:.3f}")
+        table.add_row(item.first, item.second, *aucs, shown, f"({low:+.3f} to {high:+.3f})", *p_values)
+    return table
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from sharpcore.report.confounds import Confounds
 
 TARGET_FPRS = (0.01, 0.03)
+#: The ways to find prompts that belong together, beside a column.
+CLUSTERS = ("near", "beginning")
 #: More groups of positives than this are no groups.
 MOST_GROUPS = 20
 
@@ -294,10 +296,13 @@ def cluster_labels(labelled: LabelledScores, clusters: str) -> list[Hashable]:
     `clusters` is "near" (near-duplicates, `find_duplicates`), "beginning" (also those with the same first two
     words, `beginnings`), or the name of a column whose values say so (an empty one stands alone).
     """
-    if clusters in ("near", "beginning"):
+    if clusters in CLUSTERS:
         texts = [row.get("prompt") or f"row {n} without a prompt" for n, row in enumerate(labelled.columns)]
         return list(find_duplicates(texts).clusters if clusters == "near" else beginnings(texts))
-    values = labelled.column(clusters)
+    try:
+        values = labelled.column(clusters)
+    except InvalidInput as error:
+        raise InvalidInput(f"clusters: expected {' or '.join(CLUSTERS)}, or a column; {error}") from None
     return [("alone", n) if value is None else ("cluster", str(value)) for n, value in enumerate(values)]
 
 
