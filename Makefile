@@ -84,7 +84,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed.stamp: $(BUILD_FILES) $(PACKAGE_FILES) | $(BIN)/python
-	$(BIN)/python -m pip install --constraint constraints.txt '.[diffusers]'
+	$(BIN)/python -m pip install --constraint constraints.txt '.[diffusers,report]'
 	rm -f $(VENV)/editable.stamp
 	touch $@
 

@@ -29,6 +29,8 @@ _EXPORTS = {
     "HeatMap": "sharpcore.localization",
     "localize": "sharpcore.localization",
     "localize_images": "sharpcore.localization",
+    "Calibration": "sharpcore.calibration",
+    "calibrate": "sharpcore.calibration",
 }
 _ERRORS = (
     "SharpcoreError",
@@ -44,6 +46,8 @@ _EXPORTS.update(dict.fromkeys(_ERRORS, "sharpcore.errors"))
 __all__ = ["__version__", *_EXPORTS]
 
 if TYPE_CHECKING:
+    from sharpcore.calibration import Calibration as Calibration
+    from sharpcore.calibration import calibrate as calibrate
     from sharpcore.callback import SharpnessCallback as SharpnessCallback
     from sharpcore.curvature import Curvature as Curvature
     from sharpcore.curvature import curvature_along as curvature_along

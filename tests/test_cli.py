@@ -17,7 +17,7 @@ import pytest
 from typer.testing import CliRunner
 
 import sharpcore
-from sharpcore import cli, cli_run, pipeline
+from sharpcore import cli, cli_run, cli_score, pipeline
 from sharpcore.table import ScoreTable
 
 DATA = Path(__file__).parent / "data" / "tiny-sd-eps"
@@ -63,7 +63,7 @@ def fake_pipe(folder, scoring):
 def fake(monkeypatch):
     scorer = type("Scorer", (FakeScorer,), {})
     monkeypatch.setattr(pipeline, "SharpnessScorer", scorer)
-    monkeypatch.setattr(cli, "load_pipeline", fake_pipe)
+    monkeypatch.setattr(cli_score, "load_pipeline", fake_pipe)
     return scorer
 
 
@@ -282,7 +282,7 @@ def wait_for_lines(process, path, count):
 
 FAKE_RUN = """
 import test_cli as t
-t.pipeline.SharpnessScorer, t.cli.load_pipeline = t.FakeScorer, t.fake_pipe
+t.pipeline.SharpnessScorer, t.cli_score.load_pipeline = t.FakeScorer, t.fake_pipe
 t.FakeScorer.delay = 0.05
 t.cli.main()
 """
@@ -359,7 +359,8 @@ def test_evaluate_from_scores_gives_the_recorded_values(tmp_path):
     expected = reference["table"]["step0 hvp n=4"]
     assert evaluation["auc"] == pytest.approx(expected["auc"], abs=1e-12)
     assert evaluation["operating_points"][0]["tpr"] == pytest.approx(expected["tpr1"], abs=1e-12)
-    assert sorted(os.listdir(out)) == ["evaluation.csv", "evaluation.json", "histogram.png", "roc.png"]
+    files = ["auc_over_seeds.csv", "auc_over_seeds.png", "evaluation.csv", "evaluation.json"]
+    assert sorted(os.listdir(out)) == [*files, "histogram.png", "roc.png"]
     assert "0.858 (0.801 to 0.909)" in result.stdout
     again = run("evaluate", "--from-scores", tmp_path / "scores.csv", "--out", out)
     assert again.exit_code == 2

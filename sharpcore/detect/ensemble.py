@@ -40,7 +40,7 @@ def features_of(
     `names` are the columns to take, by default all that there are. Prompts of which a score is missing are
     left out. Raises InvalidInput for a name that is not there, or where no prompt is left.
     """
-    from sharpcore.report.evaluation import is_positive
+    from sharpcore.report.labels import is_positive
 
     wide: list[tuple[Row, dict[str, float]]] = []
     steps_seen: set[Any] = set()

@@ -1,7 +1,8 @@
-"""Pictures of scores as PNG: ROC curves and distributions."""
+"""Pictures of scores as PNG: ROC curves, distributions, AUC over seeds and steps."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -105,6 +106,64 @@ def plot_distributions(
             axes.axvline(value, color="0.25", linewidth=1.2, linestyle=line, label=f"threshold at {name}")
         axes.set_ylim(top=1.3 * axes.get_ylim()[1])
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="upper right")
+    return _saved(figure, path)
+
+
+def plot_auc_over_seeds(rows: Sequence[Mapping[str, Any]], *, path: str | Path | None = None) -> Figure:
+    """AUC over the number of seeds whose scores are averaged, a panel per step and a curve per metric, with
+    DeLong's 95 % intervals as bands.
+
+    `rows` are those of `auc_over_seeds`. Returns the figure and saves it as PNG if `path` is given. Raises
+    InvalidInput without rows.
+    """
+    return _plot_auc(rows, "n_seeds", "seeds averaged", [row["step"] for row in rows], path)
+
+
+def plot_auc_over_steps(evaluations: Sequence[Evaluation], *, path: str | Path | None = None) -> Figure:
+    """AUC over denoising steps, a curve per metric, with DeLong's 95 % intervals as bands.
+
+    Returns the figure and saves it as PNG if `path` is given. Raises InvalidInput without evaluations.
+    """
+    rows = []
+    for item in evaluations:
+        low, high = item.delong_interval or (None, None)
+        rows.append(
+            {"metric": item.metric, "step": item.step, "auc": item.auc, "auc_low": low, "auc_high": high}
+        )
+    return _plot_auc(rows, "step", "denoising step", [None] * len(rows), path)
+
+
+def _plot_auc(
+    rows: Sequence[Mapping[str, Any]],
+    over: str,
+    words: str,
+    panels: Sequence[int | None],
+    path: str | Path | None,
+) -> Figure:
+    """Curves of the AUC over a column of the rows, in the panel that each row belongs to."""
+    titles = list(dict.fromkeys(panels))
+    metrics = list(dict.fromkeys(row["metric"] for row in rows))
+    figure, grid = _panels(1, len(titles), width=5.2, height=3.8)
+    for axes, title in zip(grid[0], titles, strict=True):
+        for metric, color in zip(metrics, _COLORS * len(metrics), strict=False):
+            here = [
+                row
+                for row, panel in zip(rows, panels, strict=True)
+                if panel == title and row["metric"] == metric
+            ]
+            here.sort(key=lambda row: row[over])
+            places = [row[over] for row in here]
+            low, high = (
+                [math.nan if row[end] is None else row[end] for row in here]
+                for end in ("auc_low", "auc_high")
+            )
+            axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
+            label = _words(metric or "score")
+            axes.plot(places, [row["auc"] for row in here], "o-", color=color, markersize=4, label=label)
+        axes.axhline(0.5, color="0.75", linewidth=1, linestyle="--", zorder=1)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set(title=_step(title), xlabel=words, ylabel="AUC")
+        axes.legend(loc="lower right", fontsize=8, framealpha=0.85, edgecolor="none")
     return _saved(figure, path)
 
 
