@@ -57,8 +57,8 @@ class Branch:
         del lin  # its residuals are freed before those of the new batch size are made
 
         def prediction(variable: Tensor, *bound: Tensor) -> Tensor:
-            x, timestep, *tensors = (*bound[:place], variable, *bound[place:])
-            return predict(self.network, x, timestep, _rebuild(conditioning, iter(tensors)))
+            inputs = [*bound[:place], variable, *bound[place:]]
+            return predict(self.network, inputs[0], inputs[1], _rebuild(conditioning, iter(inputs[2:])))
 
         self._linearization = Linearization(
             prediction, variable, bound, self.backend, self.precision, None, self._copies

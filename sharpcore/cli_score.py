@@ -149,8 +149,9 @@ def write_scores(
     # Some detectors have a step of their own.
     rows_at = scorer.row_steps(steps, detectors)
     settings |= {"steps": list(rows_at), "asked_steps": steps}
+    size = latent_shape(pipe, options.height, options.width)[1:]
     settings["costs"] = {
-        detector.name: asdict(scorer.cost([detector], steps=steps, latent_size=settings["latent_size"]))
+        detector.name: asdict(scorer.cost([detector], steps=steps, latent_size=size))
         for detector in detectors
     }
     if calibration is not None:

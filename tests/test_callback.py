@@ -174,7 +174,7 @@ def test_work(tiny_pipe, work, metrics):
     products = len(metrics) == 2
     # The pipeline's own 4 steps of both branches, and both branches at the two scored steps.
     assert work.forwards == 4 * 2 + 2 * 2
-    assert (work.products, work.traces) == ((2 * 2, 1) if products else (0, 0))
+    assert (work.products, work.traces) == ((2 * 2, 2) if products else (0, 0))
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,22 @@ from sharpcore.errors import InvalidInput
 from sharpcore.report import check_confounds, compare_lists
 from sharpcore.report.confounds import FEATURES, text_features
 
-WORDS = "river stone cloud lamp paper forest window garden silver bridge candle market winter harbour".split()
+WORDS = [
+    "river",
+    "stone",
+    "cloud",
+    "lamp",
+    "paper",
+    "forest",
+    "window",
+    "garden",
+    "silver",
+    "bridge",
+    "candle",
+    "market",
+    "winter",
+    "harbour",
+]
 
 
 def sentences(seed, count, change=lambda words, generator: words):

@@ -80,7 +80,9 @@ def test_effective_number():
 
 
 def test_two_lists():
-    memorized = [f"Shop Floors {word} carpet" for word in "alpha beta gamma delta epsilon zeta eta".split()]
+    memorized = [
+        f"Shop Floors {word} carpet" for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
+    ]
     memorized += ["A cat on a mat", "Poster of the old harbour at night, 1920"]
     others = [
         "a cat on a MAT",

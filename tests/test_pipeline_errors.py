@@ -236,19 +236,19 @@ def test_one_sample_that_does_not_fit(tiny_pipe, limit):
 
 
 def test_a_pair_that_does_not_fit(tiny_pipe, limit):
-    """One sample fits at the first step, but both branches of one do not at the second."""
+    """One sample of one branch fits, but both branches in one pass, on the way to the third step, do not."""
     limit(1, MemoryError("no memory"))
     scorer = SharpnessScorer(tiny_pipe, num_inference_steps=4)
-    scorer(PROMPTS[:1], seeds=2)
+    scorer(PROMPTS[:1], seeds=2, steps=(0, 1))
     with pytest.raises(OutOfMemory, match="no memory"):
-        scorer(PROMPTS[:1], seeds=2, steps=(0, 1))
+        scorer(PROMPTS[:1], seeds=2, steps=(0, 2))
 
 
 def test_other_runtime_errors_are_not_taken_for_memory(tiny_pipe, limit):
     tried = limit(1, RuntimeError("mat1 and mat2 shapes cannot be multiplied"))
     with pytest.raises(RuntimeError, match="cannot be multiplied"):
         SharpnessScorer(tiny_pipe)(PROMPTS[:1])
-    assert tried == [1, 3]
+    assert tried == [1, 4]
 
 
 def test_signs_of_exhausted_memory():

@@ -46,16 +46,35 @@ class CurvatureDifference(Detector):
 
     def estimate(self, evidence: Evidence) -> Estimate:
         """The diagonal of -H_D, [B, C, H, W], with a standard error for each entry, float64."""
-        return evidence.once(
-            ("curvature difference", self.method, self.probes), lambda: self._estimate(evidence)
-        )
+        return self._estimates(evidence)[0]
 
-    def _estimate(self, evidence: Evidence) -> Estimate:
+    def compute(self, evidence: Evidence) -> Tensor:
+        return self.estimate(evidence).value.flatten(1).mean(1)
+
+    def map(self, evidence: Evidence) -> Tensor:
+        return self._estimates(evidence)[1][0]
+
+    def error_map(self, evidence: Evidence) -> Tensor:
+        """The standard error of the map, [B, H, W]; that of "xdiag" takes the errors of a place's channels as
+        independent."""
+        return self._estimates(evidence)[1][1]
+
+    def _estimates(self, evidence: Evidence) -> tuple[Estimate, tuple[Tensor, Tensor]]:
+        """Of the entries, and of their sums over channels with standard errors."""
+        key = ("curvature difference", self.method, self.probes)
         if self.method == "hutchinson":
-            z, conditional, unconditional = evidence.common_probes(self.probes)
-            values = -(z.double() * (conditional - unconditional).double())
-            mean, error = mean_and_error(values, torch.zeros_like(values[0]))
-            return Estimate(mean, error, self.probes, 2 * self.probes)
+            return evidence.once(key, lambda: self._hutchinson(evidence))
+        return evidence.once(key, lambda: self._xdiag(evidence))
+
+    def _hutchinson(self, evidence: Evidence) -> tuple[Estimate, tuple[Tensor, Tensor]]:
+        z, conditional, unconditional = evidence.common_probes(self.probes)
+        values = -(z.double() * (conditional - unconditional).double())
+        entries, places = (
+            mean_and_error(part, torch.zeros_like(part[0])) for part in (values, values.sum(2))
+        )
+        return Estimate(*entries, self.probes, 2 * self.probes), places
+
+    def _xdiag(self, evidence: Evidence) -> tuple[Estimate, tuple[Tensor, Tensor]]:
         found = diagonal(
             evidence.jacobian(difference=True),
             "xdiag",
@@ -63,17 +82,9 @@ class CurvatureDifference(Detector):
             sample_ids=evidence.state.seeds,
             batched=True,
         )
-        return Estimate(-found.value, found.standard_error, found.probes, found.products)
-
-    def compute(self, evidence: Evidence) -> Tensor:
-        return self.estimate(evidence).value.flatten(1).mean(1)
-
-    def map(self, evidence: Evidence) -> Tensor:
-        return self.estimate(evidence).value.sum(1)
-
-    def error_map(self, evidence: Evidence) -> Tensor:
-        """The standard error of the map, [B, H, W], as if those of a place's channels were independent."""
-        return self.estimate(evidence).standard_error.square().sum(1).sqrt()
+        error = found.standard_error.square().sum(1).sqrt()
+        estimate = Estimate(-found.value, found.standard_error, found.probes, found.products)
+        return estimate, (estimate.value.sum(1), error)
 
 
 class CurvatureProxy(Detector):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from sharpcore.detect.detector import Cost
 from sharpcore.errors import InvalidInput, MissingDependency
-from sharpcore.table import Row, ScoreTable
+from sharpcore.table import ScoreTable
 
 Floats = NDArray[np.float64]
 _VERSION = 1
@@ -29,43 +29,38 @@ class Features:
     names: tuple[str, ...]
     prompts: tuple[str, ...]
     values: Floats
-    labels: NDArray[np.bool_] | None
+    labels: NDArray[np.bool_]
 
 
 def features_of(
-    table: ScoreTable, names: Sequence[str] | None = None, *, label_column: str | None = None
+    table: ScoreTable,
+    label_column: str | None = None,
+    others: ScoreTable | None = None,
+    *,
+    names: Sequence[str] | None = None,
 ) -> Features:
-    """The scores of a table, one row a prompt; columns are called `detector@step`.
+    """The scores of a labelled table (or of one of memorized prompts and one of `others`), a row a prompt.
 
-    `names` are the columns to take, by default all that there are. Prompts of which a score is missing are
-    left out. Raises InvalidInput for a name that is not there, or where no prompt is left.
+    Columns are called `detector@step`; `names` are those to take, by default all that were measured. Prompts
+    of which one is missing are left out. Raises InvalidInput for a name that is not there, where no prompt is
+    left, and as `sharpcore.report.evaluate_table` does.
     """
-    from sharpcore.report.labels import is_positive
+    from sharpcore.report.labels import LabelledScores
 
-    wide: list[tuple[Row, dict[str, float]]] = []
-    steps_seen: set[Any] = set()
-    for row in table:
-        # The rows of a prompt follow each other; its first step comes again with the next one.
-        if not wide or wide[-1][0]["prompt"] != row["prompt"] or row["step"] in steps_seen:
-            wide.append((row, {}))
-            steps_seen = set()
-        steps_seen.add(row["step"])
-        for metric in table.metrics:
-            if row.get(metric) is not None:
-                wide[-1][1][f"{metric}@{row['step']}"] = float(row[metric])
-    known = list(dict.fromkeys(name for _, scores in wide for name in scores))
-    chosen = tuple(known if names is None else names)
+    labelled = LabelledScores.of(table, label_column, others)
+    columns = {f"{metric}@{step}": labelled.scores[metric, step] for metric, step in labelled.measured()}
+    chosen = tuple(columns if names is None else names)
     for name in chosen:
-        if name not in known:
-            raise InvalidInput(f"names: expected columns out of {', '.join(known) or 'none'}; got {name!r}")
-    complete = [(row, scores) for row, scores in wide if all(name in scores for name in chosen)]
-    if not complete or not chosen:
+        if name not in columns:
+            raise InvalidInput(f"names: expected columns out of {', '.join(columns)}; got {name!r}")
+    values = np.array([columns[name] for name in chosen], dtype=np.float64).T
+    complete = np.isfinite(values).all(1) if chosen else np.zeros(0, bool)
+    if not complete.any():
         raise InvalidInput("table: expected prompts with all scores; it has none")
-    labels = None
-    if label_column is not None:
-        labels = np.array([is_positive(row.get(label_column), label_column) for row, _ in complete])
-    values = np.array([[scores[name] for name in chosen] for _, scores in complete])
-    return Features(chosen, tuple(row["prompt"] for row, _ in complete), values, labels)
+    kept = [row for row, whole in zip(labelled.columns, complete, strict=True) if whole]
+    return Features(
+        chosen, tuple(row["prompt"] for row in kept), values[complete], labelled.positive[complete]
+    )
 
 
 @dataclass(frozen=True)
@@ -89,7 +84,7 @@ class Ensemble:
         return standard @ np.array(self.weights) + self.offset
 
     def probability(self, values: Floats) -> Floats:
-        """[n, names] scores to [n] probabilities, for the share of memorized prompts that it was fitted to."""
+        """[n, names] scores to [n] probabilities, at the share of memorized prompts it was fitted to."""
         return 1 / (1 + np.exp(-np.clip(self.log_odds(values), -700, 700)))
 
     def save(self, path: str | Path) -> None:
@@ -205,7 +200,7 @@ def fit_cascade(
 
 def _labels(features: Features) -> NDArray[np.bool_]:
     labels = features.labels
-    if labels is None or labels.all() or not labels.any():
+    if labels.all() or not labels.any():
         raise InvalidInput("features: expected labels, memorized prompts and others; one kind is missing")
     if min(labels.sum(), (~labels).sum()) < _FOLDS:
         raise InvalidInput(f"features: expected at least {_FOLDS} prompts of either kind")

@@ -10,6 +10,7 @@ from torch import Tensor
 from sharpcore.detect.detector import Cost, Detector
 from sharpcore.detect.evidence import Evidence
 from sharpcore.detect.options import check_float, check_integer
+from sharpcore.errors import InvalidInput
 from sharpcore.krylov.probes import probes
 
 _SEED = 2
@@ -35,7 +36,9 @@ class PLaplace(Detector):
 
     def __init__(self, *, p: float = 1.0, probes: int = 16, radius: float = 0.02) -> None:
         self.p = check_float("p", p)
-        self.probes = 2 * check_integer("probes / 2", _half(probes), 1)
+        self.probes = check_integer("probes", probes, 2)
+        if self.probes % 2:
+            raise InvalidInput(f"probes: expected an even number; got {probes}")
         self.radius = check_float("radius", radius, above=0.0)
 
     def parts(self, dimension: int) -> Mapping[str, Cost]:
@@ -57,7 +60,3 @@ class PLaplace(Detector):
         if self.p != 2:
             field = field * field.flatten(2).norm(dim=2).pow(self.p - 2).reshape(*field.shape[:2], 1, 1, 1)
         return -(d / r) * (field * u).flatten(2).sum(2).mean(0)
-
-
-def _half(count: object) -> object:
-    return count // 2 if isinstance(count, int) and not isinstance(count, bool) and count % 2 == 0 else count
