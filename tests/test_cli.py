@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 import sharpcore
 from sharpcore import cli, cli_run, cli_score, pipeline
+from sharpcore.detect import cost_of
 from sharpcore.table import ScoreTable
 
 DATA = Path(__file__).parent / "data" / "tiny-sd-eps"
@@ -35,6 +37,12 @@ class FakeScorer:
         self.options = options
         self.timesteps = [981.0 - 20 * k for k in range(options["num_inference_steps"])]
 
+    def row_steps(self, steps, metrics):
+        return tuple(steps)
+
+    def cost(self, metrics, *, steps, latent_size):
+        return cost_of(metrics, dimension=math.prod(latent_size), steps=steps)
+
     def iterate(self, prompts, *, steps, seeds, metrics, units, squared, on_error, latent_size):
         for start in range(0, len(prompts), 2):
             time.sleep(self.delay)
@@ -46,7 +54,7 @@ class FakeScorer:
                     warnings.warn(f"prompts[{place}] is longer than the window", UserWarning, stacklevel=2)
                 for step in steps:
                     row = {"prompt": prompt, "step": step, "timestep": self.timesteps[step]}
-                    for k, name in enumerate(metrics):
+                    for k, name in enumerate(detector.name for detector in metrics):
                         scores = [(sum(prompt.encode()) + step + seed) / (7 + k) for seed in seeds]
                         row |= {name: sum(scores) / len(scores), f"{name}_se": 0.1, f"{name}_seeds": scores}
                     rows.append(row | {"error": None})
