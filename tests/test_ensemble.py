@@ -140,7 +140,7 @@ def test_a_cascade_spends_on_the_undecided():
     # What is not looked at may be unknown.
     hidden = np.where(undecided, expensive, np.nan)
     np.testing.assert_array_equal(cascade.flagged(cheap, hidden), cascade.flagged(cheap, expensive))
-    costs = {"m0": Cost(passes=2), "m1": Cost(passes=2, products=10)}
+    costs = {"m0@0": Cost(passes=2), "m1@0": Cost(passes=2, products=10)}
     assert cascade.expected_cost(cheap, costs) == pytest.approx(2 + 10 * undecided.mean())
 
 

@@ -16,21 +16,39 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from rich.table import Table
 
 from sharpcore import ScoreTable
 from sharpcore.cli import app
-from sharpcore.detect import DETECTORS, Cost
+from sharpcore.cli_run import print_table
+from sharpcore.detect import Cost, cost_of, make_detectors
 from sharpcore.detect.ensemble import Features, cross_validated, features_of, fit_cascade
 from sharpcore.report.comparison import compare
 from sharpcore.report.evaluation import Evaluation, evaluate
-from sharpcore.table import parquet_metadata
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "sharpcore" / "models" / "tiny-sd-eps"
 TRUTH = ROOT / "tests" / "data" / "tiny-sd-eps" / "ground_truth.json"
-STEPS = "0,10,25,40"
-# At more than the first step only those that need no more than a product.
-EARLY = [name for name in DETECTORS if name not in ("score_difference", "hessian_score_difference")]
+# Entries of a latent of the shipped model.
+DIMENSION = 4 * 16 * 16
+SPECTRUM = (
+    "negative_fraction",
+    "least_curvature",
+    "greatest_curvature",
+    "codimension_flipd",
+    "codimension_lhsd",
+)
+# Along one trajectory, four seeds; probes as few as the number of prompts allows.
+ALONG = (
+    "score_difference", "hessian_score_difference", "anisotropy", "attention_entropy",
+    "attention_entropy_layer", "bright_ending", "curvature_difference:probes=8", "curvature_proxy",
+    "condition_jacobian:probes=4", "p_laplace:probes=8",
+)  # fmt: skip
+# In the middle of the trajectory, where spectra of the two kinds of prompts differ most; one seed.
+RUNS = {
+    "trajectory": (ALONG, "0,10,25,40", 4),
+    "spectrum": (SPECTRUM, "25", 1),
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,26 +58,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--limit", type=int, help="only so many prompts of either kind")
-    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--resume", action="store_true")
     asked = parser.parse_args(arguments)
     asked.out.mkdir(parents=True, exist_ok=True)
     prompts = _prompts(asked.out / "prompts.csv", asked.limit)
-    whole = asked.out / "first_step.parquet", asked.out / "trajectory.parquet"
-    _score(prompts, whole[0], ",".join(EARLY), "0", asked)
-    _score(prompts, whole[1], "score_difference,hessian_score_difference,curvature_proxy", STEPS, asked)
-    tables = [ScoreTable.read(path) for path in whole]
-    parts = [features_of(table, "memorized") for table in tables]
+    tables = {name: _score(prompts, asked.out / f"{name}.parquet", *RUNS[name], asked) for name in RUNS}
+    parts = [features_of(table, "memorized") for table in tables.values()]
     features = Features(
-        parts[0].names + parts[1].names,
+        sum((part.names for part in parts), ()),
         parts[0].prompts,
         np.hstack([part.values for part in parts]),
         parts[0].labels,
     )
-    assert parts[0].prompts == parts[1].prompts
-    tiers = np.array([int(row["tier"]) for row in tables[0] if row["step"] == 0])
-    costs = _costs(whole)
-    rows = _rows(features, tiers, costs)
+    if len({part.prompts for part in parts}) != 1:
+        raise SystemExit("some prompts lack scores; see the error column of the tables")
+    first = tables["trajectory"].steps[0]
+    tiers = np.array([int(row["tier"]) for row in tables["trajectory"] if row["step"] == first])
+    rows = _rows(features, tiers)
     _write(asked.out / "detectors.csv", rows)
     _print(rows)
     return 0
@@ -79,65 +94,84 @@ def _prompts(path: Path, limit: int | None) -> Path:
     return path
 
 
-def _score(prompts: Path, output: Path, metrics: str, steps: str, asked: argparse.Namespace) -> None:
-    options = ["--metrics", metrics, "--steps", steps, "--seeds", str(asked.seeds)]
-    options += ["--resume" if asked.resume else "--overwrite"]
+def _score(
+    prompts: Path,
+    output: Path,
+    metrics: Sequence[str],
+    steps: str,
+    seeds: int,
+    asked: argparse.Namespace,
+) -> ScoreTable:
+    options = ["--metrics", ",".join(metrics), "--steps", steps, "--seeds", str(seeds)]
+    options += ["--resume" if asked.resume and output.parent.exists() else "--overwrite"]
     app(["score", str(prompts), "-o", str(output), *options], standalone_mode=False)
+    return ScoreTable.read(output)
 
 
-def _costs(paths: Sequence[Path]) -> dict[str, Cost]:
-    found: dict[str, Cost] = {}
-    for path in reversed(paths):
-        settings = parquet_metadata(path)["settings"]
-        found |= {name: Cost(**cost) for name, cost in settings["costs"].items()}
+def _costs(names: Sequence[str]) -> dict[str, Cost]:
+    """Of each detector alone at its step, the way there included, for one prompt and seed."""
+    found = {}
+    for metric in (*ALONG, *SPECTRUM):
+        (detector,) = make_detectors([metric])
+        for name in names:
+            if name.partition("@")[0] == detector.name:
+                step = int(name.partition("@")[2])
+                found[name] = cost_of([detector], dimension=DIMENSION, steps=(step,))
     return found
 
 
-def _rows(features: Features, tiers: np.ndarray, costs: dict[str, Cost]) -> list[dict[str, object]]:
-    labels = features.labels
+def _rows(features: Features, tiers: np.ndarray) -> list[dict[str, object]]:
+    labels, costs = features.labels, _costs(features.names)
     scores = dict(zip(features.names, features.values.T, strict=True))
-    first = [name for name in features.names if name.endswith("@0") or name.startswith("bright_ending")]
-    cheap = [n for n in features.names if n.startswith(("score_difference", "hessian_score_difference"))]
+    differences = [
+        n for n in features.names if n.startswith(("score_difference", "hessian_score_difference"))
+    ]
     ensembles = {
-        "ensemble, first step": first,
-        "ensemble, score and Hessian differences at four steps": cheap,
-        "ensemble, everything": list(features.names),
+        "ensemble of the first step": [name for name in features.names if name.endswith("@0")],
+        "ensemble of score and Hessian differences": differences,
+        "ensemble of all": list(features.names),
     }
     for name, columns in ensembles.items():
         chosen = Features(tuple(columns), features.prompts, np.stack([scores[c] for c in columns], 1), labels)
         scores[name] = cross_validated(chosen)
     rows = []
     for name, values in scores.items():
-        whole = evaluate(values[labels], values[~labels])
-        row = _row(name, whole, costs.get(name.partition("@")[0]))
+        row = _row(name, evaluate(values[labels], values[~labels]), costs.get(name))
         for tier in sorted(set(tiers[tiers > 0].tolist())):
             row[f"auc_tier_{tier}"] = evaluate(values[tiers == tier], values[~labels], bootstrap=1).auc
         rows.append(row)
-    best = max(
-        features.names,
-        key=lambda name: evaluate(scores[name][labels], scores[name][~labels], bootstrap=1).auc,
-    )
+    best = max(features.names, key=lambda name: next(r["auc"] for r in rows if r["detector"] == name))
     for pair in compare(
         {name: scores[name].tolist() for name in (*ensembles, best)},
         labels.tolist(),
         pairs=[(name, best) for name in ensembles],
     ):
         row = next(row for row in rows if row["detector"] == pair.first)
-        row |= {"better_than": best, "difference": pair.difference, "p_value": pair.p_value}
-    for second in ("hessian_score_difference@0", "curvature_difference@0"):
-        if second in features.names:
-            cascade = fit_cascade(features, "score_difference@0", second, fpr=0.02)
-            first_scores, second_scores = scores["score_difference@0"], scores[second]
-            flagged = cascade.flagged(first_scores, second_scores)
-            rows.append(
-                {
-                    "detector": f"cascade, score_difference@0 then {second}",
-                    "passes": cascade.expected_cost(first_scores, costs),
-                    "tpr": float(flagged[labels].mean()),
-                    "fpr": float(flagged[~labels].mean()),
-                }
-            )
-    return rows
+        row |= {"compared_with": best, "difference": pair.difference, "p_value": pair.p_value}
+    return rows + [_cascade(features, scores, costs, second) for second in differences if "hessian" in second]
+
+
+def _cascade(
+    features: Features, scores: dict[str, np.ndarray], costs: dict[str, Cost], expensive: str
+) -> dict[str, object]:
+    """Limits from one half of the prompts, decisions on the other."""
+    half = np.arange(len(features.labels)) % 2 == 0
+    fitted = Features(
+        features.names,
+        tuple(p for p, chosen in zip(features.prompts, half, strict=True) if chosen),
+        features.values[half],
+        features.labels[half],
+    )
+    cheap = "score_difference@0"
+    cascade = fit_cascade(fitted, cheap, expensive, fpr=0.05)
+    labels = features.labels[~half]
+    flagged = cascade.flagged(scores[cheap][~half], scores[expensive][~half])
+    return {
+        "detector": f"cascade: {cheap}, then {expensive}",
+        "passes": cascade.expected_cost(scores[cheap][~half], costs),
+        "tpr": float(flagged[labels].mean()),
+        "fpr": float(flagged[~labels].mean()),
+    }
 
 
 def _row(name: str, found: Evaluation, cost: Cost | None) -> dict[str, object]:
@@ -160,19 +194,25 @@ def _write(path: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def _print(rows: Sequence[dict[str, object]]) -> None:
-    from rich.table import Table
-
-    from sharpcore.cli_run import print_table
-
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    table = Table(title="shipped model: 60 memorized against 120 other prompts")
+    table = Table(title="shipped model: memorized against other prompts")
+    names = ("detector", "passes", "products", "auc", "tpr_at_1pct", "tiers")
     for name in names:
         table.add_column(name)
     for row in rows:
-        table.add_row(
-            *(f"{row[n]:.3f}" if isinstance(row.get(n), float) else str(row.get(n, "")) for n in names)
-        )
+        if "auc" not in row:
+            continue
+        tiers = ", ".join(f"{value:.3f}" for name, value in row.items() if name.startswith("auc_tier"))
+        auc = "{auc:.3f} ({auc_low:.3f} to {auc_high:.3f})".format(**row)
+        cost = [str(row.get(name, "")) for name in ("passes", "products")]
+        table.add_row(str(row["detector"]), *cost, auc, f"{row['tpr_at_1pct']:.3f}", tiers)
     print_table(table)
+    for row in rows:
+        if "compared_with" in row:
+            print("{detector}: {difference:+.3f} against {compared_with}, p = {p_value}".format(**row))
+        if "fpr" in row:
+            print(
+                "{detector}: TPR {tpr:.3f} at FPR {fpr:.3f}, {passes:.1f} passes and products".format(**row)
+            )
 
 
 if __name__ == "__main__":

@@ -161,10 +161,10 @@ class Cascade:
     def expected_cost(self, cheap: Floats, costs: Mapping[str, Cost]) -> float:
         """Passes of the network and products a prompt and seed, on average over prompts with these scores.
 
-        `costs` are those of the two detectors alone; a pass that both need is counted once.
+        `costs` are those of the two columns (`detector@step`) alone; a pass that both need is counted once.
         """
         share = float(self.undecided(cheap).mean())
-        first, second = (costs[name.partition("@")[0]] for name in (self.cheap, self.expensive))
+        first, second = (costs[name] for name in (self.cheap, self.expensive))
         further = max(0, second.passes - first.passes) + max(0, second.products - first.products)
         return first.passes + first.products + share * further
 
