@@ -12,9 +12,9 @@ from sharpcore.report import compare_lists, deduplicate, find_duplicates
 from sharpcore.report.duplicates import beginnings, effective_number, normalize
 
 PROMPTS = [
-    "A red bicycle leaning on a stone wall",
-    "a  red bicycle leaning\ton a stone wall ",
-    "A red bicycle leaning on the stone wall",
+    "A red bicycle leaning on a stone wall beside the old harbour of the town",
+    "a  red bicycle leaning\ton a stone wall beside the old harbour of the town ",
+    "A red bicycle leaning on the stone wall beside the old harbour of the town",
     "Mountains at dawn",
     "Ｍountains at dawn",
     "A bowl of soup",
@@ -80,7 +80,9 @@ def test_effective_number():
 
 
 def test_two_lists():
-    memorized = [f"Shop Floors {word} carpet" for word in "alpha beta gamma delta epsilon zeta eta".split()]
+    memorized = [
+        f"Shop Floors {word} carpet" for word in ("alpha", "beta", "gamma", "delta", "chi", "zeta", "eta")
+    ]
     memorized += ["A cat on a mat", "Poster of the old harbour at night, 1920"]
     others = [
         "a cat on a MAT",
