@@ -172,7 +172,7 @@ def evaluate(
         threshold = float(np.sort(negative)[len(negative) - 1 - flagged])
         fpr, tpr = (float(np.mean(group > threshold)) for group in (negative, positive))
         points.append(OperatingPoint(target, threshold, fpr, tpr, interval))
-    variance, interval = delong_interval(positive, negative)
+    variance, delong = delong_interval(positive, negative)
     return Evaluation(
         auc,
         intervals[0],
@@ -184,7 +184,7 @@ def evaluate(
         positive,
         negative,
         auc_variance=variance,
-        delong_interval=interval,
+        delong_interval=delong,
         clusters=None if clusters is None else _clusters(tally, alone, clusters, bootstrap, seed),
     )
 
@@ -237,7 +237,7 @@ def evaluate_labelled(
         metric, step = place
         missing = np.array([score is None for score in labelled.scores[place]])
         failed = labelled.failed[step]
-        for group, members in {None: None, **groups}.items():
+        for group, members in [(None, None), *groups.items()]:
             indices = labelled.split(place, members)
             drawn = [] if labels is None else [[labels[index] for index in side] for side in indices]
             result = evaluate(
