@@ -78,8 +78,8 @@ def test_the_false_positive_rate_holds_on_average(ties):
         scores = np.floor(2 * scores) if ties else scores
         flagged.append(calibrate(scores[:49]).decide(scores[49:], fpr=fpr)[0])
     rate = np.mean(flagged)
-    # 49 negatives: k = 2 of 50, so that without ties the rate is 0.04, standard error 0.0036; measured 0.035, with
-    # ties 0.018.
+    # 49 negatives: k = 2 of 50, so that without ties the rate is 0.04, standard error 0.0036.
+    # Measured 0.035, with ties 0.018.
     assert rate <= 0.04 + 3 * 0.0036
     if not ties:
         assert rate >= 0.04 - 3 * 0.0036

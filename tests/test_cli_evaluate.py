@@ -162,3 +162,15 @@ def test_tokens_of_the_model(fake, tmp_path):  # noqa: F811
     names = [feature["feature"] for feature in report["confounds"]["features"]]
     assert names[-3:] == ["tokens", "token_id_mean", "token_id_max"]
     assert [(c["first"], c["second"]) for c in report["comparisons"]] == [(f"{HDS}@0", "score_difference@0")]
+
+
+def test_a_table_without_prompts(tmp_path):
+    scores = make_scores(tmp_path / "s.parquet", steps=(0,))
+    rows = [{**row, "prompt": None} for row in ScoreTable.read(scores)]
+    write_rows(scores, rows, column_types(rows))
+    result = run("evaluate", "--from-scores", scores, "-o", tmp_path / "out", "--bootstrap", 2)
+    assert result.exit_code == 0, result.output
+    assert "the table has no prompts: their text was not checked" in result.stderr
+    report = json.loads((tmp_path / "out" / "evaluation.json").read_bytes())
+    assert report["confounds"] is None
+    assert report["evaluations"][0]["clusters"]["n_positive"] == 16

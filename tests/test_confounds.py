@@ -149,6 +149,11 @@ def test_near_duplicates_are_one_cluster_for_the_folds(monkeypatch):
     assert found.regression_auc is None
 
 
+def test_a_feature_that_does_not_vary_has_no_direction():
+    found = {item.feature: item for item in check_confounds(["one", "two"], ["three", "four"]).features}
+    assert (found["digits"].auc, found["digits"].direction) == (0.5, "neither")
+
+
 def test_too_few_clusters_and_a_missing_package(monkeypatch):
     found = check_confounds(["the same text"] * 5, ["one", "other things"])
     assert (found.regression_auc, found.regression_interval) == (None, None)

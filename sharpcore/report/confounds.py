@@ -47,7 +47,8 @@ class Confound:
     """How well one feature of the text separates memorized prompts from others.
 
     `auc` is that of the better direction, at least 0.5, so that chance alone puts it a little above;
-    `direction` says whether memorized prompts have the "higher" or the "lower" values. `interval` is DeLong's
+    `direction` says whether memorized prompts have the "higher" or the "lower" values, or "neither" at 0.5.
+    `interval` is DeLong's
     (95 %), None where it says nothing.
     """
 
@@ -190,7 +191,8 @@ def _separation(feature: str, memorized: Floats, others: Floats) -> Confound:
     higher = auc >= 0.5
     values = (memorized, others) if higher else (-memorized, -others)
     interval = delong_interval(*values)[1]
-    return Confound(feature, max(auc, 1 - auc), "higher" if higher else "lower", interval)
+    direction = "neither" if auc == 0.5 else "higher" if higher else "lower"
+    return Confound(feature, max(auc, 1 - auc), direction, interval)
 
 
 def _predictions(

@@ -126,8 +126,9 @@ class Evaluation:
             row["auc_clusters_low"], row["auc_clusters_high"] = counts.pop("auc_interval")
             row |= {f"clusters_{name}": count for name, count in counts.items()}
         row |= {f"cost_{name}": value for name, value in self.cost.items()}
-        first = ("metric", "step", "group", "n_positive", "n_negative", "n_errors", "auc", "auc_low")
-        return {name: row[name] for name in first} | row
+        first = ("metric", "step", "group", "n_positive", "n_negative", "n_errors", "auc")
+        ends = ("auc_low", "auc_high", "auc_delong_low", "auc_delong_high")
+        return {name: row[name] for name in first + ends} | row
 
     def curve(self) -> tuple[Floats, Floats]:
         """The ROC curve: false and true positive rates, each [points], from (0, 0) to (1, 1)."""
@@ -297,8 +298,12 @@ def cluster_labels(labelled: LabelledScores, clusters: str) -> list[Hashable]:
     words, `beginnings`), or the name of a column whose values say so (an empty one stands alone).
     """
     if clusters in CLUSTERS:
-        texts = [row.get("prompt") or f"row {n} without a prompt" for n, row in enumerate(labelled.columns)]
-        return list(find_duplicates(texts).clusters if clusters == "near" else beginnings(texts))
+        texts = [row.get("prompt") for row in labelled.columns]
+        there = [text for text in texts if text]
+        found = iter(
+            (find_duplicates(there).clusters if clusters == "near" else beginnings(there)) if there else ()
+        )
+        return [("cluster", next(found)) if text else ("alone", n) for n, text in enumerate(texts)]
     try:
         values = labelled.column(clusters)
     except InvalidInput as error:
