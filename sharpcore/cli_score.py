@@ -164,8 +164,9 @@ def _say_what_cannot_be_flagged(
 
     for metric in metrics:
         for step in steps:
-            negatives = calibration.at(metric, step)
-            if negatives.threshold(fpr) is None:
+            # A metric that the negatives lack at a step is not measured there.
+            negatives = calibration.negatives.get((metric, step))
+            if negatives is not None and negatives.threshold(fpr) is None:
                 say(
                     f"warning: {metric} at step {step}: nothing will be flagged, a false positive rate of "
                     f"{fpr:g} takes {needed(fpr)} negatives, the calibration has {len(negatives.scores)}"

@@ -308,3 +308,6 @@ def test_decided_rows():
     first, second = calibration.decided(rows, ["m"], fpr=0.5)
     assert first == {"prompt": "a", "step": 0, "m": 2.5, "m_p": 0.5, "m_flagged": True, "error": None}
     assert (second["m_p"], second["m_flagged"], list(second)) == (None, None, list(first))
+    # A metric that was not measured at a step, neither here nor of the negatives.
+    (row,) = calibration.decided([{"prompt": "a", "step": 7, "m": None, "error": None}], ["m"], fpr=0.5)
+    assert (row["m_p"], row["m_flagged"], row["error"]) == (None, None, None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,18 @@ def test_too_few_negatives_are_said(fake, calibrated, tmp_path):  # noqa: F811
     assert result.exit_code == 0
     said = "nothing will be flagged, a false positive rate of 0.01 takes 99 negatives, the calibration has 20"
     assert said in result.stderr
+
+
+def test_a_score_that_no_negatives_are_there_for_is_refused(fake, calibrated, tmp_path):  # noqa: F811
+    loaded = Calibration.load(calibrated)
+    fewer = {place: found for place, found in loaded.negatives.items() if place != (HDS, 1)}
+    replace(loaded, negatives=fewer).save(calibrated)
+    path = prompts_file(tmp_path, "a")
+    options = ["--calibration", calibrated, "--steps", "0,1", "--fpr", 0.1]
+    result = run("score", path, "-o", tmp_path / "o.csv", *options)
+    # The fake scorer has a number there, which cannot be decided.
+    assert result.exit_code == 2
+    assert f"got '{HDS}' and 1" in result.stderr
 
 
 def test_calibrate_from_the_scores_of_an_evaluation(fake, tmp_path):  # noqa: F811

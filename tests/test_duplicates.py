@@ -8,7 +8,7 @@ import random
 import pytest
 
 from sharpcore.errors import InvalidInput
-from sharpcore.report import compare_lists, deduplicate, find_duplicates
+from sharpcore.report import compare_lists, deduplicate, duplicates, find_duplicates
 from sharpcore.report.duplicates import beginnings, effective_number, normalize
 
 PROMPTS = [
@@ -53,6 +53,13 @@ def test_similarity_agrees_with_its_definition_for_all_pairs():
     assert near == pytest.approx({pair: value for pair, value in expected.items() if value >= 0.5})
     assert len(near) > 100
     assert list(found.near) == sorted(found.near)
+
+
+def test_a_list_too_long_to_compare_is_searched_for_equal_prompts(monkeypatch):
+    monkeypatch.setattr(duplicates, "MOST_COMPARED", 3)
+    found = find_duplicates(PROMPTS)
+    assert (found.compared, found.near, found.n_clusters) == (False, (), 4)
+    assert found.to_dict()["near_duplicates_compared"] is False
 
 
 def test_deduplicate_keeps_the_first():

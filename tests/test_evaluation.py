@@ -332,3 +332,18 @@ def test_clusters_of_a_table():
     assert beginning.clusters.n_positive == 4
     with pytest.raises(InvalidInput, match="clusters: expected near or beginning, or a column"):
         evaluate_table(table, "label", clusters="family2")
+
+
+def test_repeated_prompts_are_paired_in_order_across_steps():
+    rows = [
+        {"prompt": prompt, "label": label, "step": step, "m": number, "m_seeds": [number], "error": None}
+        for step in (0, 10)
+        for number, (prompt, label) in enumerate(
+            [("a", 1), ("a", 1), ("b", 0), ("a", 0), ("a", 1)], 10 * step
+        )
+    ]
+    labelled = LabelledScores.of(ScoreTable(rows), "label")
+    assert labelled.positive.tolist() == [True, True, False, False, True]
+    assert labelled.scores == {("m", 0): [0, 1, 2, 3, 4], ("m", 10): [100, 101, 102, 103, 104]}
+    assert labelled.prompts(True) == ["a", "a", "a"]
+    assert labelled.column("prompt") == ["a", "a", "b", "a", "a"]
