@@ -62,8 +62,11 @@ class Negatives:
         """The largest k with k / (n + 1) <= fpr: a score is flagged if fewer than k negatives reach it."""
         _check_rate(fpr, "fpr")
         count = len(self.scores) + 1
-        k = int(fpr * count)
-        return k + 1 if (k + 1) / count <= fpr else k
+        # The product is rounded, the quotient decides, as it does for a p-value.
+        k = int(fpr * count) + 1
+        while k / count > fpr:
+            k -= 1
+        return k
 
     def expected_fpr(self, fpr: float) -> float:
         """k / (n + 1): the false positive rate that the threshold has on average over calibrations."""

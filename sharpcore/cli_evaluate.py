@@ -16,6 +16,7 @@ from sharpcore.table import ScoreTable, parquet_metadata, write_rows
 
 if TYPE_CHECKING:
     from sharpcore.report.comparison import Comparison
+    from sharpcore.report.confounds import Confounds
     from sharpcore.report.evaluation import Evaluation
 
 
@@ -97,23 +98,26 @@ def evaluate(
     )
     comparisons = compare_labelled(labelled, pairs=pairs, bootstrap=bootstrap, seed=bootstrap_seed)
     sides = labelled.prompts(True), labelled.prompts(False)
-    lists, confounds = compare_lists(*sides), check_confounds(*sides, tokenize=_tokenize(tokenizer))
+    lists, confounds, warnings = None, None, ["the table has no prompts: their text was not checked"]
+    if all(sides):
+        lists, confounds = compare_lists(*sides), check_confounds(*sides, tokenize=_tokenize(tokenizer))
+        warnings = [*lists.warnings, *confounds.warnings, *confounds.notes]
     over_seeds = auc_over_seeds(labelled)
-    warnings = [*lists.warnings, *confounds.warnings, *confounds.notes]
     out.mkdir(parents=True, exist_ok=True)
     report = {
         "settings": settings,
         "evaluations": [item.to_dict() for item in evaluations],
         "comparisons": [item.to_dict() for item in comparisons],
         "auc_over_seeds": over_seeds,
-        "confounds": confounds.to_dict(),
-        "duplicates": lists.to_dict(),
+        "confounds": None if confounds is None else confounds.to_dict(),
+        "duplicates": None if lists is None else lists.to_dict(),
         "warnings": warnings,
     }
     (out / "evaluation.json").write_text(
         json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8"
     )
-    _write_csv(out / "evaluation.csv", [*(item.to_row() for item in evaluations), *confounds.to_rows()])
+    lines = [item.to_row() for item in evaluations] + (confounds.to_rows() if confounds else [])
+    _write_csv(out / "evaluation.csv", lines)
     _write_csv(out / "comparisons.csv", [item.to_row() for item in comparisons])
     _write_csv(out / "auc_over_seeds.csv", over_seeds)
     _draw(out, [item for item in evaluations if item.group is None], over_seeds)
@@ -133,7 +137,9 @@ def _draw(out: Path, evaluations: Sequence[Evaluation], over_seeds: Sequence[Map
         plot_auc_over_steps(evaluations, path=out / "auc_over_steps.png")
 
 
-def _show(evaluations: Sequence[Evaluation], confounds: Any, comparisons: Sequence[Comparison]) -> None:
+def _show(
+    evaluations: Sequence[Evaluation], confounds: Confounds | None, comparisons: Sequence[Comparison]
+) -> None:
     from rich.console import Console
 
     from sharpcore.report.comparison import comparison_table

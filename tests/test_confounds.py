@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from sharpcore.errors import InvalidInput
-from sharpcore.report import check_confounds, compare_lists
-from sharpcore.report.confounds import FEATURES, text_features
+from sharpcore.report import check_confounds, compare_lists, confounds
+from sharpcore.report.confounds import FEATURES, split_folds, text_features
 
 WORDS = [
     "river",
@@ -27,9 +27,6 @@ WORDS = [
     "garden",
     "silver",
     "bridge",
-    "candle",
-    "market",
-    "winter",
     "harbour",
 ]
 
@@ -64,7 +61,7 @@ def test_features_by_hand():
         "word_rarity_mean": [2 * math.log(2) / 3, math.log(2) / 2],
         "word_rarity_max": [math.log(2), math.log(2)],
         "tokens": [4, 2],
-        "token_id_mean": [13 / 4, 3.5],
+        "token_id_mean": [3, 3.5],
         "token_id_max": [4, 4],
     }
     for name, values in expected.items():
@@ -99,7 +96,9 @@ def test_capitals_are_found_and_warned_of(swapped):
     lists = lists[::-1] if swapped else lists
     found = check_confounds(*lists)
     feature = next(item for item in found.features if item.feature == "capitalized_words")
-    values = [sum(word[0].isupper() for word in text.split()) / len(text.split()) for text in sum(lists, [])]
+    values = [
+        sum(word[0].isupper() for word in text.split()) / len(text.split()) for part in lists for text in part
+    ]
     auc = metrics.roc_auc_score(np.repeat([1, 0], [len(part) for part in lists]), values)
     assert feature.auc == pytest.approx(max(auc, 1 - auc), abs=1e-12)
     assert feature.auc > 0.95
@@ -115,26 +114,44 @@ def test_capitals_are_found_and_warned_of(swapped):
 
 
 def test_features_that_only_matter_together():
-    # Twice as many words, or words twice as long: each overlaps, the combination of both does not.
-    generator = np.random.default_rng(2)
+    # As many marks as digits, two more, or two fewer: neither number tells much, their difference tells all.
+    generator = random.Random(2)
     lists = []
-    for shift in (0, 3):
-        counts = generator.integers(4, 20, 80)
-        lists.append([" ".join(["x" * (1 + shift)] * (n + 10 - 2 * shift)) + "!" * int(n) for n in counts])
+    for seed, more in ((1, 2), (2, -2)):
+        counts = [generator.randint(5, 25) for _ in range(80)]
+        texts = sentences(seed, 80)
+        lists.append([text + "7" * n + "!" * (n + more) for text, n in zip(texts, counts, strict=True)])
     found = check_confounds(*lists)
-    assert found.regression_auc > 0.99
+    assert max(feature.auc for feature in found.features) < 0.8
+    assert found.regression_auc > 0.95  # measured 1
 
 
-def test_near_duplicates_stay_in_one_fold():
-    # Every text is there twice, with a label of its own that nothing else predicts: a split that separates
-    # the two would let a model learn a text by heart. Labels are random, so the AUC is about a half.
-    texts = sentences(5, 90)
-    generator = random.Random(0)
-    lists = [[], []]
-    for text in texts:
-        lists[generator.random() < 0.5] += [text, text + "."]
-    found = check_confounds(*lists)
-    assert 0.3 < found.regression_auc < 0.65
+@pytest.mark.parametrize("seed", range(5))
+def test_folds_divide_no_cluster_and_hold_both_kinds(seed):
+    generator = np.random.default_rng(seed)
+    clusters = generator.integers(0, 25, 90)
+    labels = generator.random(90) < 0.4
+    parts = split_folds(labels, clusters, 5, seed)
+    assert len(parts) == 5
+    np.testing.assert_array_equal(np.sort(np.concatenate([test for _, test in parts])), np.arange(90))
+    for train, test in parts:
+        assert not set(clusters[train]) & set(clusters[test])
+        assert 0 < labels[train].sum() < len(train)
+    assert split_folds(np.array([True, True, False]), np.array([0, 0, 1]), 5, seed) == []
+
+
+def test_near_duplicates_are_one_cluster_for_the_folds(monkeypatch):
+    seen = []
+    monkeypatch.setattr(confounds, "split_folds", lambda labels, clusters, *rest: seen.append(clusters) or [])
+    texts = sentences(5, 10)
+    found = check_confounds([*texts[:5], texts[0].upper()], [*texts[5:], texts[1] + "."])
+    assert seen[0].tolist() == [0, 1, 2, 3, 4, 0, 5, 6, 7, 8, 9, 1]
+    assert found.regression_auc is None
+
+
+def test_a_feature_that_does_not_vary_has_no_direction():
+    found = {item.feature: item for item in check_confounds(["one", "two"], ["three", "four"]).features}
+    assert (found["digits"].auc, found["digits"].direction) == (0.5, "neither")
 
 
 def test_too_few_clusters_and_a_missing_package(monkeypatch):

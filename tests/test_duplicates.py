@@ -8,13 +8,13 @@ import random
 import pytest
 
 from sharpcore.errors import InvalidInput
-from sharpcore.report import compare_lists, deduplicate, find_duplicates
+from sharpcore.report import compare_lists, deduplicate, duplicates, find_duplicates
 from sharpcore.report.duplicates import beginnings, effective_number, normalize
 
 PROMPTS = [
-    "A red bicycle leaning on a stone wall",
-    "a  red bicycle leaning\ton a stone wall ",
-    "A red bicycle leaning on the stone wall",
+    "A red bicycle leaning on a stone wall beside the old harbour of the town",
+    "a  red bicycle leaning\ton a stone wall beside the old harbour of the town ",
+    "A red bicycle leaning on the stone wall beside the old harbour of the town",
     "Mountains at dawn",
     "Ｍountains at dawn",
     "A bowl of soup",
@@ -55,6 +55,13 @@ def test_similarity_agrees_with_its_definition_for_all_pairs():
     assert list(found.near) == sorted(found.near)
 
 
+def test_a_list_too_long_to_compare_is_searched_for_equal_prompts(monkeypatch):
+    monkeypatch.setattr(duplicates, "MOST_COMPARED", 3)
+    found = find_duplicates(PROMPTS)
+    assert (found.compared, found.near, found.n_clusters) == (False, (), 4)
+    assert found.to_dict()["near_duplicates_compared"] is False
+
+
 def test_deduplicate_keeps_the_first():
     assert deduplicate(PROMPTS) == [PROMPTS[k] for k in (0, 2, 3, 5)]
     assert deduplicate(PROMPTS, near=True) == [PROMPTS[k] for k in (0, 3, 5)]
@@ -81,7 +88,7 @@ def test_effective_number():
 
 def test_two_lists():
     memorized = [
-        f"Shop Floors {word} carpet" for word in ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta"]
+        f"Shop Floors {word} carpet" for word in ("alpha", "beta", "gamma", "delta", "chi", "zeta", "eta")
     ]
     memorized += ["A cat on a mat", "Poster of the old harbour at night, 1920"]
     others = [

@@ -1,4 +1,4 @@
-"""Tests of the evaluation: the recorded AUCs, scikit-learn's curve, ties, intervals, pictures."""
+"""Tests of the evaluation: the recorded AUCs, scikit-learn's curve, ties, intervals, clusters, pictures."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from sharpcore.errors import InvalidInput
-from sharpcore.report import evaluate, evaluate_table
-from sharpcore.report.figures import plot_histograms, plot_roc
+from sharpcore.report import LabelledScores, auc_over_seeds, evaluate, evaluate_table
+from sharpcore.report.evaluation import evaluation_table
+from sharpcore.report.figures import plot_auc_over_seeds, plot_auc_over_steps, plot_histograms, plot_roc
 from sharpcore.table import ScoreTable
 
 REFERENCE = json.loads(
@@ -212,3 +213,137 @@ def test_pictures(tmp_path):
 
 def test_picture_of_equal_scores():
     plot_histograms([evaluate([0.0, 0.0], [0.0], bootstrap=2)])
+
+
+def test_bootstrap_of_clusters_widens_with_repetition():
+    groups = recorded("step0", "hvp", 4)
+    alone = evaluate(*groups, clusters=(range(60), range(120)))
+    assert alone.clusters.auc_interval == alone.auc_interval
+    assert (alone.clusters.n_positive, alone.clusters.effective_negative) == (60, 120)
+    # Every prompt four times is no more information: the interval of clusters does not shrink.
+    often = [np.repeat(scores, 4) for scores in groups]
+    repeated = evaluate(
+        *often, clusters=(np.repeat(range(60), 4).tolist(), np.repeat(range(120), 4).tolist())
+    )
+    assert np.diff(repeated.clusters.auc_interval) == pytest.approx(np.diff(alone.auc_interval), rel=1e-9)
+    # Measured 0.52.
+    assert np.diff(repeated.auc_interval) == pytest.approx(np.diff(alone.auc_interval) / 2, rel=0.1)
+    row = repeated.to_row()
+    assert (row["clusters_n_positive"], row["clusters_effective_positive"]) == (60, 60)
+    assert row["auc_clusters_low"] == repeated.clusters.auc_interval[0]
+    with pytest.raises(InvalidInput, match="a label for each of 60 positive scores, got 2"):
+        evaluate(*groups, clusters=(range(2), range(120)))
+
+
+def test_cluster_bootstrap_agrees_with_drawing_prompts_one_by_one():
+    generator = np.random.default_rng(0)
+    positive, negative = generator.normal(1, 1, 30).round(1), generator.normal(0, 1, 40).round(1)
+    labels = (generator.integers(0, 8, 30), generator.integers(0, 9, 40))
+    metrics = pytest.importorskip("sklearn.metrics")
+    aucs = []
+    for _ in range(600):
+        drawn = []
+        for scores, clusters in ((positive, labels[0]), (negative, labels[1])):
+            names = np.unique(clusters)
+            drawn.append(np.concatenate([scores[clusters == c] for c in generator.choice(names, len(names))]))
+        both = np.concatenate(drawn)
+        aucs.append(metrics.roc_auc_score(np.repeat([1, 0], [len(d) for d in drawn]), both))
+    found = evaluate(positive, negative, clusters=(labels[0].tolist(), labels[1].tolist())).clusters
+    # The noise of 600 samples.
+    np.testing.assert_allclose(found.auc_interval, np.quantile(aucs, (0.025, 0.975)), atol=0.025)
+
+
+def test_groups_of_positives_against_all_negatives():
+    rows = []
+    for row in REFERENCE["prompts"]:
+        scores = row["step0"]["wen"]
+        given = {"score_difference": float(np.mean(scores)), "score_difference_seeds": scores, "error": None}
+        place = {"prompt": row["prompt"], "label": row["memorized"], "step": 0, "timestep": 981.0}
+        rows.append(place | {"tier": row.get("tier")} | given)
+    table = ScoreTable(rows)
+    overall, *tiers = evaluate_table(table, "label", group_column="tier", bootstrap=20)
+    assert overall.group is None
+    assert [(item.group, item.n_negative) for item in tiers] == [("1", 120), ("2", 120), ("3", 120)]
+    assert sum(item.n_positive for item in tiers) == 60
+    # Known values of the recorded scores.
+    assert [round(item.auc, 3) for item in tiers] == [0.825, 0.973, 0.997]
+    assert tiers[0].to_row()["group"] == "1"
+    with pytest.raises(InvalidInput, match="group_column: expected a column out of prompt, label"):
+        evaluate_table(table, "label", group_column="kind")
+    with pytest.raises(InvalidInput, match="'prompt' has 60"):
+        evaluate_table(table, "label", group_column="prompt")
+
+
+def test_what_was_not_measured_at_a_step_is_no_error():
+    table = make_table()
+    for row in table:
+        if row["step"] == 10:
+            row.update(score_difference=None, score_difference_seeds=None)
+    (only,) = evaluate_table(table, "label", bootstrap=20)
+    assert (only.step, only.n_errors, only.n_unmeasured) == (0, 0, 0)
+    for row in table.rows[:3]:
+        row.update(score_difference=None)
+    (only,) = evaluate_table(table, "label", bootstrap=20)
+    assert (only.n_errors, only.n_unmeasured) == (0, 2)
+    for row in table:
+        row.update(score_difference=None)
+    with pytest.raises(InvalidInput, match="no metric was measured at any step"):
+        evaluate_table(table, "label")
+
+
+def test_costs_go_into_every_table():
+    cost = {"score_difference": {"forwards": 2, "products": 0}}
+    first, _ = evaluate_table(make_table(), "label", bootstrap=20, costs=cost)
+    assert first.to_row()["cost_forwards"] == 2
+    assert json.loads(json.dumps(first.to_dict()))["cost"] == cost["score_difference"]
+    assert [column.header for column in evaluation_table([first]).columns][-2:] == ["forwards", "products"]
+    with pytest.raises(
+        InvalidInput, match="costs: expected a mapping of names to numbers for score_difference"
+    ):
+        evaluate_table(make_table(), "label", bootstrap=20, costs={"score_difference": 2})
+
+
+def test_auc_over_seeds_is_that_of_the_means(tmp_path):
+    rows = auc_over_seeds(LabelledScores.of(make_table(), "label"))
+    assert [(row["step"], row["n_seeds"]) for row in rows] == [(s, n) for s in (0, 10) for n in (1, 2, 3, 4)]
+    for row in rows:
+        expected = evaluate(*recorded(f"step{row['step']}", "wen", row["n_seeds"]), bootstrap=5)
+        assert row["auc"] == pytest.approx(expected.auc, abs=1e-12)
+        assert (row["auc_low"], row["auc_high"]) == pytest.approx(expected.delong_interval, abs=1e-12)
+    figure = plot_auc_over_seeds(rows, path=tmp_path / "seeds.png")
+    assert [axes.get_title() for axes in figure.axes] == ["step 0", "step 10"]
+    drawn = figure.axes[1].get_lines()[0].get_xydata()
+    np.testing.assert_allclose(drawn[:, 1], [row["auc"] for row in rows[4:]])
+    steps = plot_auc_over_steps(evaluate_table(make_table(), "label", bootstrap=5))
+    assert steps.axes[0].get_lines()[0].get_xydata()[:, 0].tolist() == [0, 10]
+    with pytest.raises(InvalidInput, match="nothing to plot"):
+        plot_auc_over_seeds([])
+
+
+def test_clusters_of_a_table():
+    table = make_table()
+    for k, row in enumerate(table):
+        row["family"] = None if k < 4 else k // 20
+    (by_column, _) = evaluate_table(table, "label", bootstrap=20, clusters="family")
+    assert by_column.clusters.n_positive + by_column.clusters.n_negative == 2 + 18
+    (near, _) = evaluate_table(table, "label", bootstrap=20, clusters="near")
+    assert near.clusters.n_positive == 59  # two of the shipped prompts differ in a few letters
+    (beginning, _) = evaluate_table(table, "label", bootstrap=20, clusters="beginning")
+    assert beginning.clusters.n_positive == 4
+    with pytest.raises(InvalidInput, match="clusters: expected near or beginning, or a column"):
+        evaluate_table(table, "label", clusters="family2")
+
+
+def test_repeated_prompts_are_paired_in_order_across_steps():
+    rows = [
+        {"prompt": prompt, "label": label, "step": step, "m": number, "m_seeds": [number], "error": None}
+        for step in (0, 10)
+        for number, (prompt, label) in enumerate(
+            [("a", 1), ("a", 1), ("b", 0), ("a", 0), ("a", 1)], 10 * step
+        )
+    ]
+    labelled = LabelledScores.of(ScoreTable(rows), "label")
+    assert labelled.positive.tolist() == [True, True, False, False, True]
+    assert labelled.scores == {("m", 0): [0, 1, 2, 3, 4], ("m", 10): [100, 101, 102, 103, 104]}
+    assert labelled.prompts(True) == ["a", "a", "a"]
+    assert labelled.column("prompt") == ["a", "a", "b", "a", "a"]

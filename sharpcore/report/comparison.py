@@ -183,8 +183,19 @@ def _compare(
         for drawn in draws(bootstrap, np.random.Generator(np.random.Philox(seed)), alone, width_of_block)
     ]
     (resampled,) = middle(np.concatenate(samples)[:, None])
-    counts = (len(alone[0]), len(alone[1]))
-    return Comparison(first, second, *aucs, difference, interval, resampled, p, None, *counts)
+    return Comparison(
+        first,
+        second,
+        auc_first=aucs[0],
+        auc_second=aucs[1],
+        difference=difference,
+        interval=interval,
+        bootstrap_interval=resampled,
+        p_value=p,
+        p_adjusted=None,
+        n_positive=len(alone[0]),
+        n_negative=len(alone[1]),
+    )
 
 
 def _values(name: str, given: Sequence[float | None], count: int) -> Floats:

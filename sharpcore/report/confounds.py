@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.report.delong import delong_interval
 from sharpcore.report.duplicates import find_duplicates, numbered
-from sharpcore.report.resampling import Floats, Interval, Tally, areas
+from sharpcore.report.resampling import Counts, Floats, Interval, Tally, areas
 
 #: A text feature from here on is warned of. From 0.8 discrimination is called excellent (Hosmer, Lemeshow and
 #: Sturdivant, Applied Logistic Regression, 2013, section 5.2.4): a detector could owe its own to the text.
@@ -46,7 +47,8 @@ class Confound:
     """How well one feature of the text separates memorized prompts from others.
 
     `auc` is that of the better direction, at least 0.5, so that chance alone puts it a little above;
-    `direction` says whether memorized prompts have the "higher" or the "lower" values. `interval` is DeLong's
+    `direction` says whether memorized prompts have the "higher" or the "lower" values, or "neither" at 0.5.
+    `interval` is DeLong's
     (95 %), None where it says nothing.
     """
 
@@ -189,38 +191,52 @@ def _separation(feature: str, memorized: Floats, others: Floats) -> Confound:
     higher = auc >= 0.5
     values = (memorized, others) if higher else (-memorized, -others)
     interval = delong_interval(*values)[1]
-    return Confound(feature, max(auc, 1 - auc), "higher" if higher else "lower", interval)
+    direction = "neither" if auc == 0.5 else "higher" if higher else "lower"
+    return Confound(feature, max(auc, 1 - auc), direction, interval)
 
 
 def _predictions(
     features: dict[str, Floats], prompts: Sequence[str], count: int, folds: int, seed: int
 ) -> Floats | None:
-    """What a logistic regression of the other folds says of each prompt, [n]; None where a fold would leave
-    only one kind to learn from."""
+    """What a logistic regression of the other folds says of each prompt, [n]; None without such folds."""
     try:
         from sklearn.linear_model import LogisticRegression
-        from sklearn.model_selection import StratifiedGroupKFold
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
     except ImportError:
-        raise MissingDependency(
-            'the logistic regression needs scikit-learn: pip install "sharpcore[report]"'
-        ) from None
+        raise _no_scikit_learn() from None
     labels = np.arange(len(prompts)) < count
-    groups = numbered(find_duplicates(prompts).clusters)
-    folds = min(folds, *(len(np.unique(groups[labels == side])) for side in (True, False)))
-    if folds < 2:
-        return None
+    parts = split_folds(labels, numbered(find_duplicates(prompts).clusters), folds, seed)
     table = np.stack(list(features.values()), axis=1)
     scores = np.empty(len(prompts))
+    for train, test in parts:
+        model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
+        scores[test] = model.fit(table[train], labels[train]).decision_function(table[test])
+    return scores if parts else None
+
+
+def split_folds(
+    labels: NDArray[np.bool_], clusters: Counts, folds: int, seed: int
+) -> list[tuple[Counts, Counts]]:
+    """Indices of prompts to learn from and to predict, for each of at most `folds` folds.
+
+    Clusters [n] are never divided, and both kinds, `labels` [n], are there to learn from; empty where that
+    cannot be.
+    """
+    try:
+        from sklearn.model_selection import StratifiedGroupKFold
+    except ImportError:
+        raise _no_scikit_learn() from None
+    folds = min(folds, *(len(np.unique(clusters[labels == side])) for side in (True, False)))
+    if folds < 2:
+        return []
     splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-    for train, test in splitter.split(table, labels, groups):
-        if labels[train].all() or not labels[train].any():
-            return None
-        if len(test):
-            model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=1000))
-            scores[test] = model.fit(table[train], labels[train]).decision_function(table[test])
-    return scores
+    parts = [part for part in splitter.split(labels, labels, clusters) if len(part[1])]
+    return parts if all(0 < labels[train].sum() < len(train) for train, _ in parts) else []
+
+
+def _no_scikit_learn() -> MissingDependency:
+    return MissingDependency('the logistic regression needs scikit-learn: pip install "sharpcore[report]"')
 
 
 def _share(items: Sequence[str], holds: Callable[[str], bool]) -> float:

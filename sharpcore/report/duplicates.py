@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 from sharpcore.errors import InvalidInput, MissingDependency
 
-#: Prompts whose sets of shingles overlap by this much of their union are near-duplicates.
-NEAR = 0.7
+#: Prompts whose sets of shingles overlap by this much of their union are near-duplicates: the usual value of
+#: text de-duplication (Lee et al., Deduplicating Training Data Makes Language Models Better, ACL 2022).
+NEAR = 0.8
 #: Characters of a shingle.
 SHINGLE = 5
 #: All pairs are compared, so that longer lists are searched for exact duplicates alone.

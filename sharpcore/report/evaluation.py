@@ -126,8 +126,9 @@ class Evaluation:
             row["auc_clusters_low"], row["auc_clusters_high"] = counts.pop("auc_interval")
             row |= {f"clusters_{name}": count for name, count in counts.items()}
         row |= {f"cost_{name}": value for name, value in self.cost.items()}
-        first = ("metric", "step", "group", "n_positive", "n_negative", "n_errors", "auc", "auc_low")
-        return {name: row[name] for name in first} | row
+        first = ("metric", "step", "group", "n_positive", "n_negative", "n_errors", "auc")
+        ends = ("auc_low", "auc_high", "auc_delong_low", "auc_delong_high")
+        return {name: row[name] for name in first + ends} | row
 
     def curve(self) -> tuple[Floats, Floats]:
         """The ROC curve: false and true positive rates, each [points], from (0, 0) to (1, 1)."""
@@ -172,7 +173,7 @@ def evaluate(
         threshold = float(np.sort(negative)[len(negative) - 1 - flagged])
         fpr, tpr = (float(np.mean(group > threshold)) for group in (negative, positive))
         points.append(OperatingPoint(target, threshold, fpr, tpr, interval))
-    variance, interval = delong_interval(positive, negative)
+    variance, delong = delong_interval(positive, negative)
     return Evaluation(
         auc,
         intervals[0],
@@ -184,7 +185,7 @@ def evaluate(
         positive,
         negative,
         auc_variance=variance,
-        delong_interval=interval,
+        delong_interval=delong,
         clusters=None if clusters is None else _clusters(tally, alone, clusters, bootstrap, seed),
     )
 
@@ -237,7 +238,7 @@ def evaluate_labelled(
         metric, step = place
         missing = np.array([score is None for score in labelled.scores[place]])
         failed = labelled.failed[step]
-        for group, members in {None: None, **groups}.items():
+        for group, members in [(None, None), *groups.items()]:
             indices = labelled.split(place, members)
             drawn = [] if labels is None else [[labels[index] for index in side] for side in indices]
             result = evaluate(
@@ -297,8 +298,12 @@ def cluster_labels(labelled: LabelledScores, clusters: str) -> list[Hashable]:
     words, `beginnings`), or the name of a column whose values say so (an empty one stands alone).
     """
     if clusters in CLUSTERS:
-        texts = [row.get("prompt") or f"row {n} without a prompt" for n, row in enumerate(labelled.columns)]
-        return list(find_duplicates(texts).clusters if clusters == "near" else beginnings(texts))
+        texts = [row.get("prompt") for row in labelled.columns]
+        there = [text for text in texts if text]
+        found = iter(
+            (find_duplicates(there).clusters if clusters == "near" else beginnings(there)) if there else ()
+        )
+        return [("cluster", next(found)) if text else ("alone", n) for n, text in enumerate(texts)]
     try:
         values = labelled.column(clusters)
     except InvalidInput as error:

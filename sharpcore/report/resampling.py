@@ -90,4 +90,4 @@ def middle(samples: Floats) -> list[Interval]:
 def allowed(target: float, count: Counts) -> Counts:
     """The largest k with k / count <= target, safe against the rounding of target * count."""
     k = (target * count).astype(np.int64)
-    return k + ((k + 1) / count <= target)
+    return k + ((k + 1) / count <= target) - (k / count > target)
