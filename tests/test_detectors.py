@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -333,3 +334,27 @@ def test_on_the_shipped_model_in_float32():
     again = SharpnessScorer(pipe)(PROMPTS[:1], seeds=1, metrics=names).rows[0]
     for name in names:
         assert again[name] == pytest.approx(rows[0][name], rel=1e-4)
+
+
+def live_bytes():
+    """Of all tensors that Python holds, each memory once."""
+    gc.collect()
+    held = {}
+    for found in gc.get_objects():
+        if type(found) in (torch.Tensor, torch.nn.Parameter) and not found.is_mkldnn:
+            storage = found.untyped_storage()
+            held[storage.data_ptr()] = storage.nbytes()
+    return sum(held.values())
+
+
+def test_memory_does_not_grow_with_the_prompts(sd2_pipe):
+    """All detectors but the spectrum's: what is kept depends on the seeds, not on the number of prompts."""
+    names = [name for name in DETECTORS if not hasattr(DETECTORS[name], "column")]
+    scorer = SharpnessScorer(sd2_pipe, num_inference_steps=2)
+    prompts = [f"{prompt}, number {i}" for i in range(4) for prompt in PROMPTS]
+    sizes = []
+    for rows in scorer.iterate(prompts, seeds=1, metrics=names, steps=(0, 1)):
+        assert all(row["error"] is None for row in rows)
+        sizes.append(live_bytes())
+    assert len(sizes) > 2
+    assert max(sizes[1:]) <= sizes[0] * 1.01

@@ -18,7 +18,7 @@ from sharpcore.table import ScoreTable
 Floats = NDArray[np.float64]
 _VERSION = 1
 # Strengths of the penalty among which cross-validation chooses, and the folds of that choice.
-_STRENGTHS = np.logspace(-3, 3, 13)
+_STRENGTHS = np.logspace(-2, 2, 5)
 _FOLDS = 5
 
 
