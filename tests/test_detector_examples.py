@@ -10,13 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-sys.path[:0] = [str(EXAMPLES / "detectors"), str(EXAMPLES)]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import localize
-import run
+import detectors.localize as localize  # noqa: E402
+import detectors.run as run  # noqa: E402
 
-from sharpcore.detect.ensemble import Features
+from sharpcore.detect.ensemble import Features  # noqa: E402
 
 
 def test_rows_of_all_detectors():

@@ -71,13 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with (asked.out / "localization.csv").open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, rows[0], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(
-            {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows
-        )
+        for row in rows:
+            writer.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()})
     for row in rows:
-        print(
-            "{map:22} t={timestep:4d}  IoU {iou:.3f} +- {iou_se:.3f}  pixel AUC {pixel_auc:.3f}".format(**row)
-        )
+        words = "{map:22} t={timestep:4d}  IoU {iou:.3f} +- {iou_se:.3f}  pixel AUC {pixel_auc:.3f}"
+        print(words.format(**row))
     return 0
 
 
