@@ -12,10 +12,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-import detectors.localize as localize  # noqa: E402
-import detectors.run as run  # noqa: E402
+import detectors.localize as localize
+import detectors.run as run
 
-from sharpcore.detect.ensemble import Features  # noqa: E402
+from sharpcore.detect.ensemble import Features
 
 
 def test_rows_of_all_detectors():
