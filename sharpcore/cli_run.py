@@ -88,20 +88,20 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
 
 def command_line(context: typer.Context) -> str:
     """The command as it was given, for a report of what was run: options that were left out are left out."""
-    words = ["sharpcore", str(context.info_name)]
+    arguments, options = ["sharpcore", str(context.info_name)], []
     for parameter in context.command.params:
         name = str(parameter.name)
         source, value = context.get_parameter_source(name), context.params.get(name)
         if source is None or source.name != "COMMANDLINE":
             continue
         if parameter.param_type_name == "argument":
-            words.append(str(value))
+            arguments.append(str(value))
         elif isinstance(value, bool):
-            words.append((parameter.opts if value else parameter.secondary_opts)[0])
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
         else:
             several = value if isinstance(value, list | tuple) else [value]
-            words += [word for item in several for word in (parameter.opts[0], str(item))]
-    return shlex.join(words)
+            options += [word for item in several for word in (parameter.opts[0], str(item))]
+    return shlex.join(arguments + options)
 
 
 def print_table(table: Any) -> None:

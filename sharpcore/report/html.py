@@ -160,7 +160,7 @@ def render(parts: ReportParts) -> str:
 
 
 def _warnings(parts: ReportParts) -> Section:
-    said = [*parts.evaluation.get("warnings", ()), *_doubts(parts)]
+    said = [text[:1].upper() + text[1:] for text in parts.evaluation.get("warnings", ())] + _doubts(parts)
     if said:
         return Section("warnings", "Warnings", [bullets(said)], "warnings")
     nothing = (
@@ -173,40 +173,41 @@ def _warnings(parts: ReportParts) -> Section:
 def _doubts(parts: ReportParts) -> list[str]:
     """What makes the numbers less certain than they look."""
     evaluations = parts.evaluation["evaluations"]
+    alone = [item for item in evaluations if item.get("group") is None]
     doubts = []
     if not parts.evaluation.get("settings"):
         doubts.append("The table does not say with which model and settings the scores were made.")
     # Numbers of prompts differ between metrics only where some were not measured.
-    for side, name in (("n_positive", "memorized"), ("n_negative", "other")):
-        for group in dict.fromkeys(item.get("group") for item in evaluations):
-            if group is not None and side == "n_negative":
-                continue
-            least = min(item[side] for item in evaluations if item.get("group") == group)
-            if least < FEW:
-                where = "" if group is None else f" in group {group}"
-                doubts.append(f"There are only {least} {name} prompts{where}: the intervals are wide.")
-    negatives = min(item["n_negative"] for item in evaluations)
-    for target in dict.fromkeys(p["target_fpr"] for item in evaluations for p in item["operating_points"]):
+    negatives = min(item["n_negative"] for item in alone)
+    for count, name in ((min(item["n_positive"] for item in alone), "memorized"), (negatives, "other")):
+        if count < FEW:
+            doubts.append(f"There are only {_several(count, f'{name} prompt')}: the intervals are wide.")
+    small = {item["group"]: item["n_positive"] for item in evaluations if item.get("group") is not None}
+    small = {group: count for group, count in small.items() if count < FEW}
+    if small:
+        listed = ", ".join(f"{group} ({count})" for group, count in small.items())
+        doubts.append(f"Groups have few memorized prompts, so that their intervals are wide: {listed}.")
+    for target in dict.fromkeys(p["target_fpr"] for item in alone for p in item["operating_points"]):
         if target * negatives < 1:
             doubts.append(
-                f"With {negatives} other prompts a false positive rate of at most {100 * target:g} % means "
-                "none of them: its threshold is the highest of their scores alone."
+                f"With {_several(negatives, 'other prompt')} a false positive rate of at most "
+                f"{100 * target:g} % means none of them: its threshold is the highest of their scores alone."
             )
-    errors = max(item["n_errors"] for item in evaluations)
+    errors = max(item["n_errors"] for item in alone)
     if errors:
-        doubts.append(f"{errors} prompts could not be scored and are left out; see Errors.")
-    for item in evaluations:
+        doubts.append(f"{_several(errors, 'prompt')} could not be scored: left out; see Errors.")
+    for item in alone:
         if item.get("n_unmeasured"):
             doubts.append(
-                f"{item['metric']} at step {item['step']}: {item['n_unmeasured']} prompts without an error "
-                "have no score."
+                f"{item['metric']} at step {item['step']}: {_several(item['n_unmeasured'], 'prompt')} "
+                "without an error and without a score."
             )
-    for item in evaluations:
-        if item.get("group") is None and item["auc"] < 0.5:
-            doubts.append(
-                f"{item['metric']} at step {item['step']} has an AUC of {item['auc']:.3f}: memorized prompts "
-                "score lower than others here, against what it was made for."
-            )
+    below = [f"{item['metric']}@{item['step']} ({item['auc']:.3f})" for item in alone if item["auc"] < 0.5]
+    if below:
+        doubts.append(
+            f"An AUC below one half says that memorized prompts score lower, against what the detector was "
+            f"made for: {', '.join(below)}."
+        )
     return doubts
 
 
@@ -246,9 +247,9 @@ def _detectors(settings: Mapping[str, Any]) -> Markup:
     names = list(dict.fromkeys(name for cost in costs.values() for name in cost))
     columns = [
         Column("name", "detector", "text"),
-        Column("options", "options", "text"),
+        Column("options", "options", "words"),
         *(Column(f"cost_{name}", name.replace("_", " ")) for name in names),
-        Column("source", "source", "text"),
+        Column("source", "source", "words"),
     ]
     rows = [
         [
@@ -297,19 +298,19 @@ def _evaluation_table(key: str, caption: str, evaluations: Sequence[Mapping[str,
         Column("delong_interval", "DeLong"),
         *([Column("clusters", "by clusters")] if clustered else []),
     ]
-    for target in targets:
-        percent = f"{100 * target:g} %"
-        columns += [
-            Column(f"tpr_{target}", f"TPR at {percent} FPR"),
-            Column(f"fpr_{target}", f"FPR there, at most {percent}"),
-            Column(f"threshold_{target}", f"threshold at {percent}"),
-        ]
+    percent = {target: f"{100 * target:g} %" for target in targets}
+    columns += [Column(f"tpr_{target}", f"TPR at {percent[target]} FPR") for target in targets]
     columns += [
         Column("n_positive", "memorized"),
         Column("n_negative", "others"),
         Column("n_errors", "errors"),
         *(Column(f"cost_{name}", name.replace("_", " ")) for name in costs),
     ]
+    for target in targets:
+        columns += [
+            Column(f"threshold_{target}", f"threshold at {percent[target]}"),
+            Column(f"fpr_{target}", "FPR there"),
+        ]
     rows = []
     for item in evaluations:
         row: list[Any] = [element("code", item["metric"] or "score"), _count(item["step"])]
@@ -317,15 +318,12 @@ def _evaluation_table(key: str, caption: str, evaluations: Sequence[Mapping[str,
         row += [_with_interval(item["auc"], item["auc_interval"]), _interval(item.get("delong_interval"))]
         row += [_interval((item.get("clusters") or {}).get("auc_interval"))] if clustered else []
         points = {point["target_fpr"]: point for point in item["operating_points"]}
-        for target in targets:
-            point = points[target]
-            row += [
-                _with_interval(point["tpr"], point["interval"]),
-                Cell(f"{point['fpr']:.3f}", point["fpr"]),
-                Cell(f"{point['threshold']:.4g}", point["threshold"]),
-            ]
+        row += [_with_interval(points[target]["tpr"], points[target]["interval"]) for target in targets]
         row += [_count(item[name]) for name in ("n_positive", "n_negative", "n_errors")]
         row += [_count(item.get("cost", {}).get(name)) for name in costs]
+        for target in targets:
+            point = points[target]
+            row += [_number(point["threshold"]), Cell(f"{point['fpr']:.3f}", point["fpr"])]
         rows.append(row)
     return table(key, caption, columns, rows)
 
@@ -461,7 +459,8 @@ def _pictures(parts: ReportParts) -> Section | None:
     content: list[Markup] = []
     for name, title in FIGURES.items():
         if name in parts.figures:
-            content += [element("h3", title), picture(parts.figures[name], f"{title}. {said[name]}")]
+            alt = f"{title}. {said[name]}"
+            content += [element("h3", title), picture(parts.figures[name], alt, name=title)]
     over_seeds = parts.evaluation.get("auc_over_seeds", ())
     if any(row["n_seeds"] > 1 for row in over_seeds):
         columns = [
@@ -579,7 +578,7 @@ def _errors(scores: ScoreTable | None) -> Section | None:
         return None
     columns = [Column("prompt", "prompt", "prompt"), Column("error", "error", "prompt")]
     rows = [[_cut(prompt), error] for prompt, error in failed]
-    caption = f"{len(rows)} prompts that could not be scored; they are left out of everything above."
+    caption = f"{_several(len(rows), 'prompt')} without a score, left out of everything above."
     return Section("errors", "Errors", [table("failed", caption, columns, rows)])
 
 
@@ -709,6 +708,10 @@ def _check_calibration(parts: ReportParts) -> None:
 
 
 # -- words and pictures --------------------------------------------------------------------------------------
+
+
+def _several(count: int, name: str) -> str:
+    return f"{count} {name}" if count == 1 else f"{count} {name}s"
 
 
 def _listed(values: Any) -> str | None:

@@ -52,7 +52,8 @@ def element(tag: str, *content: Any, **attributes: Any) -> Markup:
 
 @dataclass(frozen=True)
 class Column:
-    """A column: `key` names what it holds, `kind` is "number", "text" or "prompt" (text of strangers)."""
+    """A column: `key` names what it holds, `kind` is "number", "text", "words" (long text) or "prompt" (of
+    strangers)."""
 
     key: str
     title: str
@@ -140,8 +141,13 @@ def is_picture(content: bytes) -> bool:
     return content.startswith((_PNG, _JPEG))
 
 
-def picture(content: bytes, alt: str, caption: Any = None, *, prompt: str | None = None) -> Markup:
-    """A PNG or JPEG inside the page, with the text that stands for it and a caption under it."""
+def picture(
+    content: bytes, alt: str, caption: Any = None, *, prompt: str | None = None, name: str | None = None
+) -> Markup:
+    """A PNG or JPEG inside the page, with the text that stands for it and a caption under it.
+
+    One with a `name` has a box of that name, in which a wide picture scrolls on a narrow screen.
+    """
     size: dict[str, int] = {}
     if content.startswith(_PNG):
         width, height = struct.unpack(">II", content[16:24])
@@ -150,9 +156,12 @@ def picture(content: bytes, alt: str, caption: Any = None, *, prompt: str | None
     source = f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
     below = [] if caption is None else [element("p", caption)]
     below += [] if prompt is None else [element("p", prompt, dir="auto", class_="prompt")]
+    image = element("img", src=source, alt=alt, **size)
+    if name is not None:
+        image = element("div", image, class_="scroll", role="region", aria_label=name, tabindex=0)
     return element(
         "figure",
-        element("img", src=source, alt=alt, **size),
+        image,
         element("figcaption", *below) if below else None,
     )
 
@@ -250,7 +259,7 @@ dt { color: var(--quiet); font-size: .85rem; }
 dd { margin: 0; overflow-wrap: anywhere; }
 .warnings {
   background: var(--caution); border-left: .3rem solid var(--caution-line); border-radius: .3rem;
-  padding: .9rem 1.1rem;
+  padding: .9rem 1.1rem; margin-top: 1.25rem;
 }
 .warnings h2 { border: 0; margin: 0 0 .4rem; padding: 0; }
 .warnings ul { margin: 0; padding-left: 1.2rem; }
@@ -258,22 +267,22 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: 0 0 .4rem; }
-th, td { padding: .3rem .75rem .3rem 0; text-align: left; vertical-align: top; }
+th, td { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
-thead th { vertical-align: bottom; border-bottom: 2px solid var(--line); }
+thead th, thead .number { vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--line); }
 tbody th { font-weight: 400; }
 tbody tr { border-bottom: 1px solid var(--line); }
 tbody tr:hover { background: var(--raised); }
 .number { text-align: right; white-space: nowrap; }
 .number small { display: block; color: var(--quiet); font-size: .8rem; }
 th.prompt, td.prompt { text-align: start; }
-td.prompt, tbody th.prompt, tbody td.text { min-width: 14rem; max-width: 30rem; overflow-wrap: anywhere; }
+tbody .prompt, tbody .words { min-width: 14rem; max-width: 30rem; overflow-wrap: anywhere; }
 thead button {
   all: unset; box-sizing: border-box; cursor: pointer; font-weight: 600; color: inherit;
 }
-thead button::after { content: " \\2195"; color: var(--quiet); }
-th[aria-sort="ascending"] button::after { content: " \\2191"; color: var(--accent); }
-th[aria-sort="descending"] button::after { content: " \\2193"; color: var(--accent); }
+thead button::after { content: "\\a0\\2195"; color: var(--quiet); }
+th[aria-sort="ascending"] button::after { content: "\\a0\\2191"; color: var(--accent); }
+th[aria-sort="descending"] button::after { content: "\\a0\\2193"; color: var(--accent); }
 thead button:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 .bar .axis { stroke: var(--line); stroke-width: 1.5; }
 .bar .interval { stroke: var(--accent); stroke-width: 3; }
@@ -284,6 +293,7 @@ figure { margin: 1rem 0; }
 }
 .gallery figure { margin: 0; }
 figure img { display: block; max-width: 100%; height: auto; background: #fff; border-radius: .4rem; }
+figure .scroll img { max-width: max(100%, 44rem); }
 figcaption p { margin: .3rem 0 0; font-size: .9rem; }
 summary { cursor: pointer; color: var(--accent); }
 footer { margin-top: 3rem; font-size: .875rem; }
@@ -296,7 +306,7 @@ footer { margin-top: 3rem; font-size: .875rem; }
   .scroll { overflow: visible; }
   table { font-size: 8pt; }
   .number, .number small { white-space: normal; }
-  td.prompt, tbody th.prompt, tbody td.text { min-width: 0; }
+  tbody .prompt, tbody .words { min-width: 0; }
   tr, figure { break-inside: avoid; }
   h2, h3, caption { break-after: avoid; }
 }
