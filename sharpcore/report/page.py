@@ -79,7 +79,7 @@ def table(
     ]
     content = element(
         "table",
-        element("caption", caption, id=f"{key}-caption"),
+        element("caption", element("span", caption), id=f"{key}-caption"),
         element("thead", element("tr", *heads)),
         element("tbody", *(Markup(f"\n{row}") for row in body)),
         id=key,
@@ -266,7 +266,12 @@ dd { margin: 0; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; max-width: 100%; margin: .75rem 0 1.25rem; }
 .scroll:focus-visible { outline: 2px solid var(--accent); outline-offset: 2px; }
 table { border-collapse: collapse; font-size: .875rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: 0 0 .4rem; }
+caption { text-align: start; padding: 0 0 .4rem; }
+/* As wide as the box and not as the table, and it stays where the table scrolls. */
+caption span {
+  display: block; position: sticky; left: 0; width: max-content;
+  max-width: min(50rem, calc(100vw - 2.5rem));
+}
 th, td { padding: .3rem 1rem .3rem 0; text-align: left; vertical-align: top; }
 th { font-weight: 600; }
 thead th, thead .number { vertical-align: bottom; white-space: normal; border-bottom: 2px solid var(--line); }
