@@ -43,7 +43,7 @@ def examine(model: Path) -> Report:
     is complete; `self_test` is a list of {name, passed, detail}.
     """
     return {
-        "versions": versions(),
+        "versions": versions(_PACKAGES),
         "cpu": _cpu(),
         "devices": ["cpu", *(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))],
         "backends": [asdict(row) for row in backends.support_table()],
@@ -52,7 +52,7 @@ def examine(model: Path) -> Report:
     }
 
 
-def versions(packages: Sequence[str] = _PACKAGES) -> dict[str, str]:
+def versions(packages: Sequence[str]) -> dict[str, str]:
     """The versions of sharpcore, Python and packages; "not installed" where one is missing."""
     own = {"sharpcore": __version__, "python": platform.python_version()}
     return own | {name: _version(name) for name in packages}

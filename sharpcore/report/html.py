@@ -692,9 +692,8 @@ def _rows_shown(labelled: LabelledScores, places: Sequence[Place], columns: int)
     count, most = len(labelled.columns), max(1, _MOST_CELLS // columns)
     if count <= most or not places:
         return list(range(min(count, most)))
-    first = labelled.scores[places[0]]
-    order = sorted(range(count), key=lambda index: -math.inf if first[index] is None else first[index])
-    return order[::-1][:most]
+    first = [-math.inf if score is None else score for score in labelled.scores[places[0]]]
+    return sorted(range(count), key=lambda index: -first[index])[:most]
 
 
 def _failed(scores: ScoreTable) -> Iterable[Row]:
