@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from sharpcore import InvalidInput, cli
 from sharpcore.calibration import calibrate_table
 from sharpcore.localization import HeatMap
-from sharpcore.report import html as report_html
-from sharpcore.report.html import ReportParts, render, write_report
+from sharpcore.report import sections
+from sharpcore.report.html import TITLE, ReportParts, render, write_report
 from sharpcore.report.page import Column, element, escape, table
 from sharpcore.table import ScoreTable
 
@@ -241,7 +241,7 @@ def test_every_number_is_that_of_the_evaluation(folder, text):
         assert float(row["p_value"][1]["data-value"]) == item["p_value"]
     confounds = {row["name"][0]: row for row in cells_of(page.tables["confounds"])}
     for item in evaluation["confounds"]["features"]:
-        assert float(confounds[report_html.FEATURES[item["feature"]]]["auc"][1]["data-value"]) == item["auc"]
+        assert float(confounds[sections.FEATURES[item["feature"]]]["auc"][1]["data-value"]) == item["auc"]
     assert float(confounds["score_difference@0"]["auc"][1]["data-value"]) == items[0]["auc"]
 
 
@@ -330,6 +330,7 @@ def test_calibration_maps_and_pictures(folder, tmp_path):
     )  # fmt: skip
     page = check_page((tmp_path / "r.html").read_text(encoding="utf-8"))
     assert len(page.of("img")) == 6
+    assert "So nobody has checked that the calibration belongs to these scores." in page.texts
     assert page.texts.count("2026-03-01") == 1
     assert page.texts.count(SCRIPT) >= 3  # title twice, the prompt of the map
     rows = cells_of(page.tables["thresholds"])
@@ -378,7 +379,7 @@ def test_what_is_no_report(folder, tmp_path):
 
 
 def test_long_tables_are_cut_to_the_highest(folder, monkeypatch):
-    monkeypatch.setattr(report_html, "_MOST_CELLS", 80)
+    monkeypatch.setattr(sections, "_MOST_CELLS", 80)
     page = check_page(render(ReportParts.read(folder)))
     rows = cells_of(page.tables["scores"])
     assert len(rows) == 80 // 8
@@ -488,7 +489,7 @@ def test_pictures_and_widths_in_a_browser(full, tmp_path, width):
 def test_no_complaint_and_no_script_of_strangers(full, tmp_path):
     dom, console, _ = browse(full, tmp_path)
     assert console == []
-    assert f"<title>{report_html.TITLE}</title>" in dom
+    assert f"<title>{TITLE}</title>" in dom
     # Even if one got in.
     copy = tmp_path / "injected.html"
     copy.write_text(
@@ -498,5 +499,5 @@ def test_no_complaint_and_no_script_of_strangers(full, tmp_path):
         encoding="utf-8",
     )
     dom, console, _ = browse(copy, tmp_path)
-    assert f"<title>{report_html.TITLE}</title>" in dom
+    assert f"<title>{TITLE}</title>" in dom
     assert sum("Content Security Policy" in line for line in console) >= 2

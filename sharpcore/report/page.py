@@ -104,6 +104,32 @@ def _cell(column: Column, cell: Any, *, first: bool) -> Markup:
     )
 
 
+def count_cell(value: float | int | None) -> Cell | None:
+    """A count, as it is."""
+    return None if value is None else Cell(f"{value:g}" if isinstance(value, float) else str(value), value)
+
+
+def number_cell(value: float | None, form: str = ".4g") -> Cell | None:
+    """A number, rounded."""
+    return None if value is None else Cell(f"{value:{form}}", value)
+
+
+def interval_cell(interval: Sequence[float] | None, form: str = ".3f") -> Cell | None:
+    """Both ends of an interval."""
+    if interval is None:
+        return None
+    low, high = interval
+    return Cell(f"{low:{form}} to {high:{form}}", low)
+
+
+def value_cell(value: float, interval: Sequence[float] | None, form: str = ".3f") -> Cell:
+    """A number with its interval in brackets, where there is one."""
+    if interval is None:
+        return Cell(f"{value:{form}}", value)
+    low, high = interval
+    return Cell([f"{value:{form}} ", element("small", f"({low:{form}} to {high:{form}})")], value)
+
+
 def facts(pairs: Iterable[tuple[str, Any]]) -> Markup:
     """Names and what they are, as a list of definitions; pairs without a value are left out."""
     return element(
