@@ -1,4 +1,4 @@
-"""The command line: `sharpcore score`, `evaluate`, `calibrate`, `spectrum` and `doctor`."""
+"""The command line: `sharpcore score`, `evaluate`, `report`, `calibrate`, `spectrum` and `doctor`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from sharpcore import __version__
 from sharpcore.cli_calibrate import calibrate
 from sharpcore.cli_evaluate import evaluate
+from sharpcore.cli_report import report
 from sharpcore.cli_run import default_model, print_table, say
 from sharpcore.cli_score import score
 from sharpcore.cli_spectrum import spectrum
@@ -49,6 +50,7 @@ def _options(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 app.command()(score)
 app.command()(evaluate)
+app.command()(report)
 app.command()(calibrate)
 app.command()(spectrum)
 

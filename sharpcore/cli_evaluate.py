@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from sharpcore.cli_run import LABEL, Column, Format, labelled_prompts, model_folder, say, with_options
+from sharpcore.cli_run import (
+    LABEL,
+    Column,
+    Format,
+    command_line,
+    labelled_prompts,
+    model_folder,
+    say,
+    with_options,
+)
 from sharpcore.cli_score import Scoring, write_scores
 from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.table import ScoreTable, parquet_metadata, write_rows
@@ -20,8 +30,13 @@ if TYPE_CHECKING:
     from sharpcore.report.evaluation import Evaluation
 
 
+# What decides on the numbers of an evaluation.
+_PACKAGES = ("torch", "diffusers", "transformers", "numpy", "scipy", "scikit-learn")
+
+
 @with_options
 def evaluate(
+    context: typer.Context,
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder for scores, evaluation and pictures.")],
     input: Annotated[str | None, typer.Argument(help="Prompts of both kinds, with --label-column.")] = None,
     memorized: Annotated[str | None, typer.Option(help="Prompts that are memorized.")] = None,
@@ -54,11 +69,16 @@ def evaluate(
     options: Scoring,
 ) -> None:
     """How well each metric separates memorized prompts from others: AUC, TPR at low FPR, intervals, paired
-    comparisons, and what the text of the prompts alone achieves."""
+    comparisons, and what the text of the prompts alone achieves.
+
+    report.html in the folder has all of it on one page.
+    """
+    from sharpcore import doctor
     from sharpcore.report.comparison import compare_labelled
     from sharpcore.report.confounds import check_confounds
     from sharpcore.report.duplicates import compare_lists
     from sharpcore.report.evaluation import CLUSTERS, auc_over_seeds, evaluate_labelled
+    from sharpcore.report.html import write_report
     from sharpcore.report.labels import LabelledScores, is_positive
 
     if (memorized is None) != (others is None):
@@ -105,6 +125,10 @@ def evaluate(
     over_seeds = auc_over_seeds(labelled)
     out.mkdir(parents=True, exist_ok=True)
     report = {
+        "command": command_line(context),
+        "made_with": {"versions": doctor.versions(_PACKAGES), "machine": doctor.machine()},
+        "scores": os.path.relpath(scores, out),
+        "labels": {"column": label_column, "positive": positive, "group_column": group_column},
         "settings": settings,
         "evaluations": [item.to_dict() for item in evaluations],
         "comparisons": [item.to_dict() for item in comparisons],
@@ -121,6 +145,7 @@ def evaluate(
     _write_csv(out / "comparisons.csv", [item.to_row() for item in comparisons])
     _write_csv(out / "auc_over_seeds.csv", over_seeds)
     _draw(out, [item for item in evaluations if item.group is None], over_seeds)
+    write_report(out, out / "report.html")
     _show(evaluations, confounds, comparisons)
     for warning in warnings:
         say(f"warning: {warning}")

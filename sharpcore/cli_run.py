@@ -7,6 +7,7 @@ import importlib.resources
 import inspect
 import json
 import re
+import shlex
 import sys
 import time
 import warnings
@@ -83,6 +84,24 @@ def with_options(command: Callable[..., None]) -> Callable[..., None]:
     run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     return run
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it was given, for a report of what was run: options that were left out are left out."""
+    arguments, options = ["sharpcore", str(context.info_name)], []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        source, value = context.get_parameter_source(name), context.params.get(name)
+        if source is None or source.name != "COMMANDLINE":
+            continue
+        if parameter.param_type_name == "argument":
+            arguments.append(str(value))
+        elif isinstance(value, bool):
+            options.append((parameter.opts if value else parameter.secondary_opts)[0])
+        else:
+            several = value if isinstance(value, list | tuple) else [value]
+            options += [word for item in several for word in (parameter.opts[0], str(item))]
+    return shlex.join(arguments + options)
 
 
 def print_table(table: Any) -> None:

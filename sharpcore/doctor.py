@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
@@ -43,14 +43,27 @@ def examine(model: Path) -> Report:
     is complete; `self_test` is a list of {name, passed, detail}.
     """
     return {
-        "versions": {"sharpcore": __version__, "python": platform.python_version()}
-        | {name: _version(name) for name in _PACKAGES},
+        "versions": versions(_PACKAGES),
         "cpu": _cpu(),
         "devices": ["cpu", *(torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count()))],
         "backends": [asdict(row) for row in backends.support_table()],
         "model": _model(model),
         "self_test": [_run(name, test) for name, test in _TESTS.items()],
     }
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    """The versions of sharpcore, Python and packages; "not installed" where one is missing."""
+    own = {"sharpcore": __version__, "python": platform.python_version()}
+    return own | {name: _version(name) for name in packages}
+
+
+def machine() -> str:
+    """What computes here, in words: architecture, kernels, threads, devices."""
+    cpu = _cpu()
+    devices = [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())]
+    place = f"{cpu['architecture']}, {cpu['threads']} threads on {cpu['cores']} cores, kernels: {cpu['isa']}"
+    return ", ".join([place, *devices])
 
 
 def render(report: Report) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -115,6 +116,22 @@ class HeatMap:
         facts = ("metric", "step", "timestep", "sample", "scale", "prompt", "seed")
         arrays |= {name: np.asarray(getattr(self, name)) for name in facts if getattr(self, name) is not None}
         np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+
+    @classmethod
+    def load(cls, path: str | Path) -> HeatMap:
+        """Read what `save` wrote. Raises InvalidInput for a missing file, or another one."""
+        if not Path(path).is_file():
+            raise InvalidInput(f"{path}: there is no such file")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                found: dict[str, Any] = {"step": None} | {
+                    name: torch.from_numpy(array) if array.ndim else array.item()
+                    for name, array in arrays.items()
+                    if name != "pixels"
+                }
+            return cls(**found)
+        except (ValueError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            raise InvalidInput(f"{path}: expected a heat map that `save` wrote ({error})") from error
 
 
 def otsu_threshold(values: Tensor) -> float:

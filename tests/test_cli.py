@@ -368,7 +368,7 @@ def test_evaluate_from_scores_gives_the_recorded_values(tmp_path):
     assert evaluation["auc"] == pytest.approx(expected["auc"], abs=1e-12)
     assert evaluation["operating_points"][0]["tpr"] == pytest.approx(expected["tpr1"], abs=1e-12)
     files = ["auc_over_seeds.csv", "auc_over_seeds.png", "evaluation.csv", "evaluation.json"]
-    assert sorted(os.listdir(out)) == [*files, "histogram.png", "roc.png"]
+    assert sorted(os.listdir(out)) == [*files, "histogram.png", "report.html", "roc.png"]
     assert "0.858 (0.801 to 0.909)" in result.stdout
     again = run("evaluate", "--from-scores", tmp_path / "scores.csv", "--out", out)
     assert again.exit_code == 2

@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _COLORS = ("#c0392b", "#2c6fa6", "#3d8b53", "#8e5ba6", "#b07d2b", "#4d4d4d")
+# Where the colours begin again, lines of another kind tell curves apart.
+_LINES = ("-", "--", ":", "-.")
+_STYLES = tuple((color, line) for line in _LINES for color in _COLORS)
+# A legend of more curves than this hides them: it goes below.
+_MOST_INSIDE = 4
 _GRID = {"color": "0.9", "linewidth": 0.8}
 
 
@@ -26,22 +31,31 @@ def plot_roc(evaluations: Sequence[Evaluation], *, path: str | Path | None = Non
     Returns the figure and saves it as PNG if `path` is given. Raises InvalidInput without evaluations.
     """
     steps = list(dict.fromkeys(item.step for item in evaluations))
-    figure, panels = _panels(1, len(steps), width=4.6, height=4.9)
+    most = max((sum(item.step == step for item in evaluations) for step in steps), default=0)
+    below = 0.19 * most if most > _MOST_INSIDE else 0.0
+    figure, panels = _panels(1, len(steps), width=4.6, height=4.9 + below)
     for axes, step in zip(panels[0], steps, strict=True):
         axes.plot([0, 1], [0, 1], color="0.75", linewidth=1, linestyle="--", zorder=1)
-        for item, color in zip(
-            (e for e in evaluations if e.step == step), _COLORS * len(evaluations), strict=False
+        for item, (color, line) in zip(
+            (e for e in evaluations if e.step == step), _STYLES * len(evaluations), strict=False
         ):
             low, high = item.auc_interval
             label = f"{_words(item.metric or 'score')}\nAUC {item.auc:.3f} ({low:.3f} to {high:.3f})"
-            axes.plot(*item.curve(), color=color, linewidth=1.8, label=label, solid_joinstyle="miter")
+            axes.plot(
+                *item.curve(),
+                color=color,
+                linestyle=line,
+                linewidth=1.8,
+                label=label,
+                solid_joinstyle="miter",
+            )
             points = item.operating_points
             axes.plot([p.fpr for p in points], [p.tpr for p in points], "o", color=color, markersize=5)
         axes.set(xlim=(-0.015, 1.015), ylim=(-0.015, 1.015), aspect="equal", title=_step(step))
         targets = " and ".join(f"{100 * point.target_fpr:g} %" for point in evaluations[0].operating_points)
         note = f" (dots: at most {targets})" if targets else ""
         axes.set(xlabel=f"false positive rate{note}", ylabel="true positive rate")
-        axes.legend(loc="lower right", fontsize=8, frameon=True, framealpha=0.85, edgecolor="none")
+        _legend(axes, most)
     first = evaluations[0]
     figure.suptitle(
         f"{first.n_positive} memorized and {first.n_negative} other prompts", fontsize=10, color="0.3"
@@ -85,14 +99,17 @@ def plot_distributions(
     if not any(len(scores) for groups in panels.values() for scores in groups.values()):
         raise InvalidInput("there is no score to plot")
     figure, grid = _panels(len(metrics), len(steps), width=5.2, height=3.3)
+    for axes in grid.flat:
+        axes.set_visible(False)
     for (metric, step), groups in panels.items():
         axes = grid[metrics.index(metric)][steps.index(step)]
         filled = {
             name: np.asarray(scores, dtype=np.float64) for name, scores in groups.items() if len(scores)
         }
-        axes.set(title=_step(step), xlabel=_words(metric), ylabel="share of the group")
         if not filled:
             continue
+        axes.set_visible(True)
+        axes.set(title=_step(step), xlabel=_words(metric), ylabel="share of the group")
         edges = _edges(np.concatenate(list(filled.values())))
         for (name, scores), color in zip(filled.items(), _COLORS * len(filled), strict=False):
             weights = np.full(len(scores), 1 / len(scores))
@@ -104,7 +121,8 @@ def plot_distributions(
         lines = (thresholds or {}).get((metric, step), {}).items()
         for (name, value), line in zip(lines, styles, strict=False):
             axes.axvline(value, color="0.25", linewidth=1.2, linestyle=line, label=f"threshold at {name}")
-        axes.set_ylim(top=1.3 * axes.get_ylim()[1])
+        # Room for the legend above the bars.
+        axes.set_ylim(top=(1.1 + 0.1 * len(axes.get_legend_handles_labels()[0])) * axes.get_ylim()[1])
         axes.legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="upper right")
     return _saved(figure, path)
 
@@ -143,14 +161,17 @@ def _plot_auc(
     """Curves of the AUC over a column of the rows, in the panel that each row belongs to."""
     titles = list(dict.fromkeys(panels))
     metrics = list(dict.fromkeys(row["metric"] for row in rows))
-    figure, grid = _panels(1, len(titles), width=5.2, height=3.8)
+    below = 0.1 * len(metrics) if len(metrics) > _MOST_INSIDE else 0.0
+    figure, grid = _panels(1, len(titles), width=5.2, height=3.8 + below)
     for axes, title in zip(grid[0], titles, strict=True):
-        for metric, color in zip(metrics, _COLORS * len(metrics), strict=False):
+        for metric, (color, line) in zip(metrics, _STYLES * len(metrics), strict=False):
             here = [
                 row
                 for row, panel in zip(rows, panels, strict=True)
                 if panel == title and row["metric"] == metric
             ]
+            if not here:
+                continue
             here.sort(key=lambda row: row[over])
             places = [row[over] for row in here]
             low, high = (
@@ -159,12 +180,22 @@ def _plot_auc(
             )
             axes.fill_between(places, low, high, color=color, alpha=0.15, linewidth=0)
             label = _words(metric or "score")
-            axes.plot(places, [row["auc"] for row in here], "o-", color=color, markersize=4, label=label)
+            aucs = [row["auc"] for row in here]
+            axes.plot(places, aucs, "o", linestyle=line, color=color, markersize=4, label=label)
         axes.axhline(0.5, color="0.75", linewidth=1, linestyle="--", zorder=1)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set(title=_step(title), xlabel=words, ylabel="AUC")
-        axes.legend(loc="lower right", fontsize=8, framealpha=0.85, edgecolor="none")
+        _legend(axes, len(metrics))
     return _saved(figure, path)
+
+
+def _legend(axes: Any, most: int) -> None:
+    """In the corner, or below the axes where it would hide what `most` curves show."""
+    style = {"fontsize": 8, "framealpha": 0.85, "edgecolor": "none"}
+    if most > _MOST_INSIDE:
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2, **style)
+    else:
+        axes.legend(loc="lower right", **style)
 
 
 def _edges(scores: np.ndarray) -> np.ndarray:
