@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 
 from sharpcore import __version__
 from sharpcore.arguments import check_steps
+from sharpcore.cli_repair import repair
 from sharpcore.cli_run import (
     LABEL,
     Column,
@@ -167,6 +168,7 @@ def evaluate(
 
 
 app.command()(spectrum)
+app.command()(repair)
 
 
 @app.command()

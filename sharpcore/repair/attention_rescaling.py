@@ -1,4 +1,4 @@
-"""attention_rescaling: cross-attention back to the beginning token, away from the padding (Ren et al., ECCV 2024)."""
+"""attention_rescaling: cross-attention to the beginning token, not the padding (Ren et al., ECCV 2024)."""
 
 from __future__ import annotations
 

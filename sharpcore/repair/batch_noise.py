@@ -1,4 +1,4 @@
-"""batch_noise: a few gradient-free moves of the initial noise, then guidance late (Han et al., NeurIPS 2025)."""
+"""batch_noise: moves of the initial noise without gradients, guidance late (Han et al., NeurIPS 2025)."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class BatchNoise(Repair):
     """x <- x - strength (e_D(x + rho e_D / ||e_D||) - e_D(x)), a few times; no guidance before `start`.
 
     "Batch-wise mitigation", algorithm 1 of arXiv 2510.08625: e_D is the difference of predicted noises at the
-    first step, and the step is that of sharpness-aware minimization without second derivatives. All samples of
-    a batch are moved at once, each with its own norm, so that a sample does not depend on the others.
+    first step, and the step is that of sharpness-aware minimization without second derivatives. All samples
+    of a batch are moved at once, each with its own norm, so that a sample does not depend on the others.
 
     Parameters
     ----------

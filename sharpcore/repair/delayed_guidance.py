@@ -1,4 +1,4 @@
-"""delayed_guidance: no guidance before the trajectory has left the attraction basin (Jain et al., CVPR 2025)."""
+"""delayed_guidance: no guidance until the trajectory leaves the attraction basin (Jain et al., CVPR 2025)."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ class DelayedGuidance(Repair):
 
     name = "delayed_guidance"
     source = (
-        "Jain et al., Classifier-Free Guidance inside the Attraction Basin May Cause Memorization, CVPR 2025, "
-        "arXiv 2411.16738"
+        "Jain et al., Classifier-Free Guidance inside the Attraction Basin May Cause Memorization, CVPR "
+        "2025, arXiv 2411.16738"
     )
     changes = ("guidance",)
     cost = "none"

@@ -242,8 +242,8 @@ class _Run:
                     raise
                 if len(batch) == 1:
                     raise OutOfMemory(
-                        f"one sample with a latent of {self.shape} does not fit into memory ({error}); a smaller "
-                        "latent_size or a 16-bit dtype would need less"
+                        f"one sample with a latent of {self.shape} does not fit into memory ({error}); a "
+                        "smaller latent_size or a 16-bit dtype would need less"
                     ) from error
                 self.batch = len(batch) // 2
             else:
@@ -323,7 +323,7 @@ class _Run:
 
 @torch.no_grad()
 def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W], float32 in [0, 1] on the CPU, of final latents [N, C, H, W]; as the pipeline does."""
+    """Images [N, 3, H, W], float32 in [0, 1] on the CPU, of final latents [N, C, H, W], as pipelines do."""
     vae = pipe.vae
     if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
         # It overflows in half precision; the pipeline would convert its own.

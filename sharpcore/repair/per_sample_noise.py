@@ -19,8 +19,8 @@ class PerSampleNoise(Repair):
     """AdamW on ||e_D(x)||, the difference of predicted noises at the first step, until below a target.
 
     "Per-sample mitigation" of arXiv 2510.08625, appendix A; its numbers for Stable Diffusion 1.4 are the
-    defaults (lr 0.01, targets 0.7 to 1.5, weight decay 0.01, which is what keeps the noise likely). Their loop
-    has no bound; here `rounds` is one.
+    defaults (lr 0.01, targets 0.7 to 1.5, weight decay 0.01, which is what keeps the noise likely). Their
+    loop has no bound; here `rounds` is one.
     """
 
     name = "per_sample_noise"

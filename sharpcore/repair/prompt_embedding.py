@@ -18,9 +18,10 @@ class PromptEmbedding(Repair):
     """AdamW on ||e_D|| over the prompt's embedding at the first step, until below a target.
 
     e_D is the difference of predicted noises at the drawn latent; the embedding of the first token stays
-    (arXiv 2407.21720, section 5, and its released code: lr 0.05, 10 steps, targets 1 to 5 for Stable Diffusion
-    1.4, the target of 3 being common in comparisons). There the images of a prompt share one embedding; here
-    each sample has its own, so that it does not depend on the others. Pooled embeddings (XL) stay.
+    (arXiv 2407.21720, section 5, and its released code: lr 0.05, 10 steps, targets 1 to 5 for Stable
+    Diffusion 1.4, the target of 3 being common in comparisons). There the images of a prompt share one
+    embedding; here each sample has its own, so that it does not depend on the others. Pooled embeddings (XL)
+    stay.
     """
 
     name = "prompt_embedding"
@@ -57,7 +58,7 @@ class PromptEmbedding(Repair):
                 loss = squared_norms(difference).sqrt()
             gradient = None
             if wanted:
-                # The unconditional half of the batch is no function of the embedding, but runs backwards, too.
+                # The half without the prompt is no function of the embedding, but runs backwards, too.
                 gradient = gradient_of(loss.sum(), hidden, rows, samples, 2)
                 gradient = torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], 1)
             return loss.detach(), loss.detach(), gradient

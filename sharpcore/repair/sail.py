@@ -18,7 +18,10 @@ from sharpcore.repair.method import (
 )
 from sharpcore.repair.samples import Samples
 
-SOURCE = "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, arXiv 2412.04140"
+SOURCE = (
+    "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, "
+    "arXiv 2412.04140"
+)
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ class SailExact(Sail):
 
     With w = J_D s_D (J_D the plain Jacobians' difference, as in the score), the gradient of ||J_D s_D||^2 is
     2 (d/de J_D(x + e s_D)^T w + J_D^T J_D^T w): second derivatives commute, so the first term, which is that
-    of ||J_D(x) v||^2 with v fixed, is how the transposed product with w changes along s_D. It is formed from a
-    forward difference of two exact transposed products; everything else is exact. This needs no
-    backward pass of a backward pass, and any attention that `linearize` knows. `delta` is not used.
+    of ||J_D(x) v||^2 with v fixed, is how the transposed product with w changes along s_D. It is formed from
+    a forward difference of two exact transposed products; everything else is exact. This needs no backward
+    pass of a backward pass, and works with any attention that `linearize` knows. `delta` is not used.
 
     A round costs two linearizations, one product and three transposed ones (two without
     `through_direction`), against two forward and two backward passes of `sail`.

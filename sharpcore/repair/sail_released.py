@@ -16,9 +16,9 @@ from sharpcore.repair.samples import Samples
 
 @dataclass(frozen=True)
 class SailReleased(Repair):
-    """Descends on ||e_D(x + e_D / ||e_D||)|| + alpha ||x||, as github.com/Dongjae0324/sharpness_memorization_diffusion does.
+    """Descends on ||e_D(x + e_D / ||e_D||)|| + alpha ||x||.
 
-    e_D is the difference of predicted noises. Against the paper's loss: eps units, norms without the square,
+    As github.com/Dongjae0324/sharpness_memorization_diffusion (local_model/pipe.py) does it. e_D is the difference of predicted noises. Against the paper's loss: eps units, norms without the square,
     a step of length one in the direction of e_D whatever its size, and the value there, not its difference
     to the one at x: so it is a score difference at a neighbour, not a curvature. The threshold is for the
     whole loss. The direction is that of the drawn noise in every round (its input is made once, before the

@@ -74,7 +74,7 @@ class TokenMasking(Repair):
         pairs = text._pairs(pipe)
         if len(pairs) != 1:
             raise UnsupportedModel(
-                f'pipeline {type(pipe).__name__}: token_masking with variant="replace" needs one text encoder, '
+                f"pipeline {type(pipe).__name__}: the variant 'replace' of token_masking needs one text encoder, "
                 f"it has {len(pairs)}"
             )
         tokenizer, encoder = pairs[0]
