@@ -137,8 +137,8 @@ def denoising_errors(
 
     The mean squared error of the predicted noise over `draws` drawings at each of `levels` of the training
     timesteps, the same for all: the prompt with the least is what the network takes the image for, a
-    classifier that every diffusion model implies (Li et al., arXiv 2303.16203). Costs N P levels draws forward
-    passes.
+    classifier that every diffusion model implies (Li et al., arXiv 2303.16203). Costs N P levels draws
+    forward passes.
     """
     scheduler, unet = pipe.scheduler, pipe.unet
     place = next(unet.parameters())
@@ -192,7 +192,7 @@ class TrainingImages:
     def read(
         cls, pipe: Any, folder: str | Path, size: tuple[int, int], *, reconstructed: bool = False
     ) -> TrainingImages:
-        """All images of a folder, scaled to `size` (height, width) pixels. Raises InvalidInput without any."""
+        """All images of a folder, scaled to `size` (height, width). Raises InvalidInput without any."""
         try:
             import numpy as np
             from PIL import Image, UnidentifiedImageError
@@ -238,9 +238,9 @@ class RepairTable(ScoreTable):
     standard normal noise); `forwards`, `backwards`, `products`, `seconds` of the sample, `time_ratio` to
     those of the same prompt with the first method; `pairwise` (mean distance to the images of the other
     seeds); `compared_with` (a training image: the prompt's own, or the nearest), `pixel_distance`,
-    `latent_distance` to it (root mean square, of pixels in [0, 1]), `copy_similarity` (cosine of a copy detector, the largest
-    where a prompt has no image of its own), `clip_score`; `error` (None or a sentence; the numbers are None
-    then).
+    `latent_distance` to it (root mean square, of pixels in [0, 1]), `copy_similarity` (cosine of a copy
+    detector, the largest where a prompt has no image of its own), `clip_score`; `error` (None or a sentence;
+    the numbers are None then).
     """
 
     standard: ClassVar[Mapping[str, str]] = {

