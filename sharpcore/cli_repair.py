@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from sharpcore.cli_run import (
     with_options,
     write_table,
 )
-from sharpcore.errors import InvalidInput
+from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.journal import check_output
 from sharpcore.prompts import PromptRow, read_prompts
 from sharpcore.table import Row, write_rows
@@ -88,6 +89,8 @@ def repair(
             raise InvalidInput(f"--{name.replace('_', '-')}: `sharpcore repair` has no such option")
     if options.latents not in _LATENTS:
         raise InvalidInput(f"--latents: expected {' or '.join(_LATENTS)}, got {options.latents!r}")
+    if options.latents == "safetensors" and importlib.util.find_spec("safetensors") is None:
+        raise MissingDependency("--latents safetensors: pip install safetensors, or take --latents npz")
     prompts = read_prompts(input, column=column, format=format)[: options.limit]
     _write(prompts, out, options)
 
@@ -219,12 +222,8 @@ def _save(out: Path, place: int, found: Mapping[str, Generation], format: str) -
 
             np.savez(path, **{key: tensor.numpy() for key, tensor in tensors.items()})
         else:
-            try:
-                from safetensors.torch import save_file
-            except ImportError:
-                raise InvalidInput(
-                    "--latents safetensors: pip install safetensors, or take --latents npz"
-                ) from None
+            from safetensors.torch import save_file
+
             seeds = ",".join(map(str, made.seeds))
             save_file(
                 {key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata={"seeds": seeds}

@@ -1,4 +1,4 @@
-"""The command `sharpcore repair`: files of a real run, training images, interruption and resuming, bad options."""
+"""The command `sharpcore repair`: files of a real run, training images, resuming, bad options."""
 
 from __future__ import annotations
 

@@ -139,7 +139,7 @@ def test_training_images_from_a_folder(tiny_pipe, tmp_path):
     assert found.index("b.png") == 1
     again = TrainingImages.read(tiny_pipe, tmp_path, (32, 32), reconstructed=True)
     assert float(distances(again.images, found.images).diagonal().min()) > 0.01
-    with pytest.raises(InvalidInput, match="none called 'c.png'"):
+    with pytest.raises(InvalidInput, match=r"none called 'c\.png'"):
         found.index("c.png")
     (tmp_path / "empty").mkdir()
     for folder, message in (
