@@ -83,11 +83,11 @@ def squared_norms(x: Tensor) -> Tensor:
 
 
 def gradient_of(
-    total: Tensor, variable: Tensor, rows: Sequence[int], samples: Samples, passes: int
+    losses: Tensor, variable: Tensor, rows: Sequence[int], samples: Samples, passes: int
 ) -> Tensor:
-    """The gradient of a sum over samples, by autograd; `passes` of the network run backwards for each."""
+    """The gradient of each sample's loss [b], by autograd; `passes` of the network run backwards for each."""
     samples.work.add(rows, backwards=passes)
-    return torch.autograd.grad(total, variable)[0]
+    return torch.autograd.grad(losses, variable, torch.ones_like(losses))[0]
 
 
 def _check_finite(loss: Tensor, gradient: Tensor | None) -> None:

@@ -48,7 +48,7 @@ class PerSampleNoise(Repair):
             with torch.set_grad_enabled(wanted):
                 noise = noise.detach().requires_grad_(wanted)
                 loss = squared_norms(samples.difference(samples.seen(noise), rows, units="eps")).sqrt()
-            gradient = gradient_of(loss.sum(), noise, rows, samples, 2) if wanted else None
+            gradient = gradient_of(loss, noise, rows, samples, 2) if wanted else None
             return loss.detach(), loss.detach(), gradient
 
         descent = Descent(self.lr, self.rounds, self.target, self.weight_decay)

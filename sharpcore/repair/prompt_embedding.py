@@ -59,7 +59,7 @@ class PromptEmbedding(Repair):
             gradient = None
             if wanted:
                 # The half without the prompt is no function of the embedding, but runs backwards, too.
-                gradient = gradient_of(loss.sum(), hidden, rows, samples, 2)
+                gradient = gradient_of(loss, hidden, rows, samples, 2)
                 gradient = torch.cat([torch.zeros_like(gradient[:, :1]), gradient[:, 1:]], 1)
             return loss.detach(), loss.detach(), gradient
 

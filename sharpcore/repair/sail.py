@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from sharpcore.errors import InvalidInput
 from sharpcore.repair.descent import Descent, Objective, gradient_of, squared_norms
 from sharpcore.repair.method import (
     Repair,
@@ -22,6 +23,31 @@ SOURCE = (
     "Jeon, Kim, No, Understanding and Mitigating Memorization ... via Sharpness ..., ICML 2025, "
     "arXiv 2412.04140"
 )
+
+
+def with_norm_of(noise: Tensor, drawn: Tensor) -> Tensor:
+    """Each sample of `noise` scaled to the norm of that of `drawn`, [b, ...]."""
+    norms = [tensor.flatten(1).norm(dim=1) for tensor in (drawn, noise)]
+    return noise * (norms[0] / norms[1]).reshape(-1, *[1] * (noise.dim() - 1))
+
+
+def with_spectrum_of(noise: Tensor, drawn: Tensor) -> Tensor:
+    """The noise with the amplitude of `drawn` at each spatial frequency of each channel, [b, C, H, W].
+
+    Only phases stay as they are; an amplitude of zero, which has none, takes the phase of `drawn`.
+    """
+    found, wanted = torch.fft.rfft2(noise), torch.fft.rfft2(drawn)
+    size = found.abs()
+    phases = torch.where(size > 0, found / size.clamp_min(torch.finfo(size.dtype).tiny), torch.sgn(wanted))
+    return torch.fft.irfft2(wanted.abs() * phases, s=noise.shape[-2:])
+
+
+#: What of the drawn noise each step gives back.
+KEEPS: dict[str, Callable[[Tensor, Tensor], Tensor] | None] = {
+    "nothing": None,
+    "norm": with_norm_of,
+    "spectrum": with_spectrum_of,
+}
 
 
 @dataclass(frozen=True)
@@ -68,18 +94,20 @@ class Sail(Repair):
     alpha: float = 1e-4
     delta: float = 1.0
     through_direction: bool = True
-    keep_norm: bool = True
+    keep: str = "spectrum"
 
     def __post_init__(self) -> None:
         check_threshold(threshold=self.threshold)
         check_count(rounds=self.rounds)
         check_positive(lr=self.lr, delta=self.delta)
         check_not_negative(alpha=self.alpha)
+        if self.keep not in KEEPS:
+            raise InvalidInput(f"keep: expected one of {', '.join(KEEPS)}; got {self.keep!r}")
 
     def prepare(self, samples: Samples) -> None:
         """Replace the noise."""
         descent = Descent(self.lr, self.rounds, self.threshold)
-        project = with_norm_of if self.keep_norm else None
+        project = KEEPS[self.keep]
         samples.noise = descent.run(samples.noise, self.objective(samples), samples, project)
 
     def objective(self, samples: Samples) -> Objective:
@@ -96,13 +124,7 @@ class Sail(Repair):
                 there = samples.difference(x + self.delta * direction, rows)
                 change = squared_norms(there - here)
                 loss = change + self.alpha * squared_norms(noise)
-            gradient = gradient_of(loss.sum(), noise, rows, samples, 4) if wanted else None
+            gradient = gradient_of(loss, noise, rows, samples, 4) if wanted else None
             return loss.detach(), change.detach() / self.delta**2, gradient
 
         return evaluate
-
-
-def with_norm_of(noise: Tensor, drawn: Tensor) -> Tensor:
-    """Each sample of `noise` scaled to the norm of that of `drawn`."""
-    norms = [tensor.flatten(1).norm(dim=1) for tensor in (drawn, noise)]
-    return noise * (norms[0] / norms[1]).reshape(-1, *[1] * (noise.dim() - 1))

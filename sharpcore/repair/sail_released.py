@@ -66,7 +66,7 @@ class SailReleased(Repair):
                 unit = along / squared_norms(along).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
                 there = samples.difference(x + unit, rows, units="eps")
                 loss = squared_norms(there).sqrt() + self.alpha * squared_norms(noise).sqrt()
-            gradient = gradient_of(loss.sum(), noise, rows, samples, 4) if wanted else None
+            gradient = gradient_of(loss, noise, rows, samples, 4) if wanted else None
             return loss.detach(), loss.detach(), gradient
 
         samples.noise = Descent(self.lr, self.rounds, self.threshold).run(drawn, evaluate, samples)
