@@ -31,6 +31,10 @@ _EXPORTS = {
     "localize_images": "sharpcore.localization",
     "Calibration": "sharpcore.calibration",
     "calibrate": "sharpcore.calibration",
+    "generate": "sharpcore.repair",
+    "repair_latents": "sharpcore.repair",
+    "Generation": "sharpcore.repair",
+    "RepairedLatents": "sharpcore.repair",
 }
 _ERRORS = (
     "SharpcoreError",
@@ -71,6 +75,10 @@ if TYPE_CHECKING:
     from sharpcore.pipeline import SharpnessScorer as SharpnessScorer
     from sharpcore.posterior import PosteriorCovariance as PosteriorCovariance
     from sharpcore.posterior import posterior_modes as posterior_modes
+    from sharpcore.repair import Generation as Generation
+    from sharpcore.repair import RepairedLatents as RepairedLatents
+    from sharpcore.repair import generate as generate
+    from sharpcore.repair import repair_latents as repair_latents
     from sharpcore.score import ScoreFunction as ScoreFunction
     from sharpcore.spectra import SpectrumTable as SpectrumTable
     from sharpcore.spectra import spectrum as spectrum

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 from sharpcore import __version__
 from sharpcore.cli_calibrate import calibrate
 from sharpcore.cli_evaluate import evaluate
+from sharpcore.cli_repair import repair
 from sharpcore.cli_report import report
 from sharpcore.cli_run import default_model, print_table, say
 from sharpcore.cli_score import score
@@ -53,6 +54,7 @@ app.command()(evaluate)
 app.command()(report)
 app.command()(calibrate)
 app.command()(spectrum)
+app.command()(repair)
 
 
 @app.command("detectors")
