@@ -34,10 +34,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 from tiny_sd.captions import DIGIT_WORDS  # noqa: E402
 from tiny_sd.digits import load_digits, mnist_table  # noqa: E402
 
+from sharpcore.autoencoder import decode_latents, encode_images  # noqa: E402
 from sharpcore.cli_run import default_model  # noqa: E402
-from sharpcore.repair import Generation, encode_images, generate, make_repair  # noqa: E402
+from sharpcore.repair import Generation, generate, make_repair  # noqa: E402
 from sharpcore.repair.evaluation import denoising_errors, distances, mean_distance_to_others  # noqa: E402
-from sharpcore.repair.generation import decode_latents  # noqa: E402
 from sharpcore.repair.grid import plot_grid  # noqa: E402
 
 TRUTH = ROOT / "tests" / "data" / "tiny-sd-eps" / "ground_truth.json"

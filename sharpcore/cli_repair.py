@@ -220,7 +220,8 @@ def _save(out: Path, place: int, found: Mapping[str, Generation], format: str) -
         if format == "npz":
             import numpy as np
 
-            np.savez(path, **{key: tensor.numpy() for key, tensor in tensors.items()})
+            arrays: dict[str, Any] = {key: tensor.numpy() for key, tensor in tensors.items()}
+            np.savez(path, **arrays)
         else:
             from safetensors.torch import save_file
 

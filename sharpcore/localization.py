@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharpcore import conditioning as text
 from sharpcore.arguments import check_guidance, check_prompts, check_seeds, check_steps, is_number
+from sharpcore.autoencoder import decode_latents, encode_images
 from sharpcore.backends import get_backend
 from sharpcore.branches import Branch
 from sharpcore.curvature import latent_shape
@@ -205,7 +206,7 @@ def localize(
         image = None
         for step, t, x in states:
             if step == count:
-                image = decoded(pipe, x)
+                image = decode_latents(pipe, x)
                 continue
             evidence = network.evidence(scheduler, step, t, x, numbers, conditional, unconditional, prompt)
             maps += heat_maps(at[step], evidence, pipe, prompts=[prompt] * len(numbers), seeds=numbers)
@@ -255,7 +256,7 @@ def localize_images(
     alpha, sigma = (float(level) for level in noise_level(scheduler, timestep))
     maps = []
     for index, prompt in enumerate(several * (len(images) // len(several))):
-        clean = encoded(pipe, images[index : index + 1])
+        clean = encode_images(pipe, images[index : index + 1]).to(pipe.unet.device, pipe.unet.dtype)
         shape = (clean.shape[1], clean.shape[2], clean.shape[3])
         noise = torch.cat(
             [torch.randn((1, *shape), generator=generator) for generator in seeded_generators(numbers)]
@@ -329,26 +330,6 @@ def check_maps(names: Any, detectors: Sequence[Detector]) -> tuple[str, ...]:
                 f"maps: expected metrics with a map, here {', '.join(able) or 'none'}; got {name!r}"
             )
     return names
-
-
-@torch.no_grad()
-def decoded(pipe: Any, latents: Tensor) -> Tensor:
-    """The pictures of finished latents [B, C, h, w], as [B, 3, H, W] in 0 to 1 on the CPU."""
-    vae = pipe.vae
-    place = next(vae.parameters())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    z = latents.to(place.device, place.dtype) / vae.config.scaling_factor + shift
-    return (vae.decode(z, return_dict=False)[0] / 2 + 0.5).clamp(0, 1).float().cpu()
-
-
-@torch.no_grad()
-def encoded(pipe: Any, images: Tensor) -> Tensor:
-    """The latents of pictures [B, 3, H, W] in 0 to 1, the mean of the autoencoder's posterior."""
-    vae, unet = pipe.vae, next(pipe.unet.parameters())
-    place = next(vae.parameters())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    mean = vae.encode(images.to(place.device, place.dtype) * 2 - 1).latent_dist.mode()
-    return ((mean - shift) * vae.config.scaling_factor).to(unet.device, unet.dtype)
 
 
 class _Network:

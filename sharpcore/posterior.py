@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.autoencoder import decode_latents
 from sharpcore.curvature import Curvature
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.block_lanczos import block_lanczos
@@ -181,12 +182,8 @@ def posterior_modes(
 
 @torch.no_grad()
 def decode(pipe: Any, latents: Tensor) -> Tensor:
-    """Latents [N, C, H, W] through the pipeline's VAE: images [N, 3, height, width] in [0, 1]."""
-    vae = getattr(pipe, "vae", None)
-    if vae is None:
+    """Latents [N, C, H, W] through the pipeline's VAE: images [N, 3, height, width] in [0, 1], on
+    the CPU."""
+    if getattr(pipe, "vae", None) is None:
         raise InvalidInput(f"pipe: expected a pipeline with a VAE; {type(pipe).__name__} has none")
-    place = next(vae.parameters())
-    shift = getattr(vae.config, "shift_factor", None) or 0.0
-    scaled = latents.to(place.device, place.dtype) / vae.config.scaling_factor + shift
-    images = [vae.decode(part, return_dict=False)[0] for part in scaled.split(16)]
-    return (torch.cat(images) / 2 + 0.5).clamp(0, 1)
+    return torch.cat([decode_latents(pipe, part) for part in latents.split(16)])

@@ -56,6 +56,23 @@ def score_from_prediction(
     return score if on_x is None else score + x * _over_batch(on_x, x)
 
 
+def score_factors(
+    x: Tensor, alpha: Level, sigma: Level, prediction_type: str, units: str
+) -> tuple[Tensor, Tensor]:
+    """The factors of prediction and x in the score, each [B, 1, ...] of x's dtype and device.
+
+    score = first * prediction + second * x. In the difference of two scores at one x the second cancels, so
+    the first alone turns differences of predictions, and of their Jacobians, into those of scores. Raises as
+    `score_from_prediction`.
+    """
+    one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
+    zero = torch.zeros_like(one)
+    return (
+        score_from_prediction(one, zero, alpha, sigma, prediction_type, units),
+        score_from_prediction(zero, one, alpha, sigma, prediction_type, units),
+    )
+
+
 def _over_batch(coefficient: Level, x: Tensor) -> Level:
     """Shape and cast a coefficient ([] or [B]) so that it multiplies ``x`` sample by sample."""
     if not isinstance(coefficient, Tensor):

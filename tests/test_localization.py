@@ -10,8 +10,9 @@ import torch
 from pipelines import latent
 
 from sharpcore import HeatMap, InvalidInput, SharpnessCallback, curvature_at, localize, localize_images
+from sharpcore.autoencoder import decode_latents, encode_images
 from sharpcore.krylov import dense
-from sharpcore.localization import decoded, encoded, otsu_threshold
+from sharpcore.localization import otsu_threshold
 
 PROMPT = "a thin upright handwritten zero by jackova"
 
@@ -109,7 +110,7 @@ def test_given_pictures(tiny_pipe):
     """The mean over seeds of the maps at noised latents, with the error of this mean."""
     image = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     (part,) = localize_images(tiny_pipe, image, PROMPT, timestep=401, metrics=["score_difference"], seeds=3)
-    clean, abar = encoded(tiny_pipe, image), float(tiny_pipe.scheduler.alphas_cumprod.double()[401])
+    clean, abar = encode_images(tiny_pipe, image), float(tiny_pipe.scheduler.alphas_cumprod.double()[401])
     embeddings = tiny_pipe.encode_prompt(PROMPT, "cpu", 1, True)
     own = []
     for seed in (42, 43, 44):
@@ -121,7 +122,7 @@ def test_given_pictures(tiny_pipe):
     torch.testing.assert_close(part.latent, own.mean(0), rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(part.error, own.std(0) / 3**0.5, rtol=1e-3, atol=1e-6)
     # The autoencoder there and back.
-    assert float((decoded(tiny_pipe, clean) - image).abs().mean()) < 0.35
+    assert float((decode_latents(tiny_pipe, clean) - image).abs().mean()) < 0.35
     for wrong, message in (
         (image[0], "images: expected a tensor"),
         (image[..., :5], "images: expected sides"),

@@ -9,7 +9,7 @@ from PIL import Image
 
 import sharpcore
 from sharpcore import InvalidInput
-from sharpcore.repair import encode_images
+from sharpcore.autoencoder import encode_images
 from sharpcore.repair.evaluation import (
     ClipModel,
     CopyDetector,

@@ -17,7 +17,7 @@ from sharpcore.detect.attention import LayerAttention, reading_attention
 from sharpcore.detect.operators import EvidenceCurvature, EvidenceJacobian
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.probes import probes
-from sharpcore.score import noise_level, prediction_type_of, score_from_prediction
+from sharpcore.score import noise_level, prediction_type_of, score_factors
 from sharpcore.states import Predicted, Side
 
 # Vectors that are multiplied at once: more take memory without being faster.
@@ -119,13 +119,8 @@ class Evidence:
 
     def _affine(self, level: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """score = first * prediction + second * x, each [B, 1, 1, 1]."""
-        x = self.state.x
-        one = torch.ones((x.shape[0], *(1,) * (x.dim() - 1)), dtype=x.dtype, device=x.device)
-        kind, zero = prediction_type_of(self.state.scheduler), torch.zeros_like(one)
-        return (
-            score_from_prediction(one, zero, *level, kind, self.state.units),
-            score_from_prediction(zero, one, *level, kind, self.state.units),
-        )
+        state = self.state
+        return score_factors(state.x, *level, prediction_type_of(state.scheduler), state.units)
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:

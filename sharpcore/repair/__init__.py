@@ -11,8 +11,6 @@ from sharpcore.repair.batch_noise import BatchNoise as BatchNoise
 from sharpcore.repair.delayed_guidance import DelayedGuidance as DelayedGuidance
 from sharpcore.repair.generation import Generation as Generation
 from sharpcore.repair.generation import RepairedLatents as RepairedLatents
-from sharpcore.repair.generation import decode_latents as decode_latents
-from sharpcore.repair.generation import encode_images as encode_images
 from sharpcore.repair.generation import generate as generate
 from sharpcore.repair.generation import repair_latents as repair_latents
 from sharpcore.repair.method import Guide as Guide

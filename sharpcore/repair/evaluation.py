@@ -12,9 +12,10 @@ from torch import Tensor
 
 from sharpcore import conditioning as text
 from sharpcore.arguments import is_integer
+from sharpcore.autoencoder import decode_latents, encode_images
 from sharpcore.branches import predict
 from sharpcore.errors import InvalidInput, MissingDependency, NonFiniteError, UnsupportedModel
-from sharpcore.repair.generation import Generation, decode_latents, encode_images, generate
+from sharpcore.repair.generation import Generation, generate
 from sharpcore.repair.method import Repair
 from sharpcore.score import noise_level, prediction_type_of, score_from_prediction
 from sharpcore.table import Row, ScoreTable

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,15 +11,16 @@ from torch import Tensor
 
 from sharpcore import conditioning as text
 from sharpcore.arguments import check_guidance, check_prompts, check_seeds, is_integer
+from sharpcore.autoencoder import decode_latents
 from sharpcore.backends import get_backend
-from sharpcore.branches import advance, predict, prediction_factor, scale_model_input
+from sharpcore.branches import advance, predict, scale_model_input
 from sharpcore.curvature import latent_shape
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory, UnsupportedModel
 from sharpcore.memory import is_out_of_memory
 from sharpcore.repair.method import Repair
 from sharpcore.repair.registry import make_repair, repairs
 from sharpcore.repair.samples import Samples
-from sharpcore.score import noise_level, prediction_type_of, schedule
+from sharpcore.score import noise_level, prediction_type_of, schedule, score_factors
 from sharpcore.trajectory import (
     pixels,
     scaled_noise,
@@ -310,7 +310,7 @@ class _Run:
             pair = predict(self.pipe.unet, torch.cat([x, x]), t.to(x.device).expand(2 * len(samples)), both)
             samples.work.add(rows, forwards=2)
             without, with_prompt = pair.chunk(2)
-            factor = prediction_factor(x, *noise_level(scheduler, t), prediction_type, "eps")
+            factor = score_factors(x, *noise_level(scheduler, t), prediction_type, "eps")[0]
             scale = guide(step, (with_prompt - without) * factor)
             if isinstance(scale, Tensor):
                 scale = scale.to(without).reshape(-1, *[1] * (without.dim() - 1))
@@ -319,41 +319,6 @@ class _Run:
         if not bool(torch.isfinite(latents).all()):
             raise NonFiniteError("the final latents hold NaN or infinity; the network is not finite here")
         return latents
-
-
-@torch.no_grad()
-def decode_latents(pipe: Any, latents: Tensor) -> Tensor:
-    """Images [N, 3, H, W], float32 in [0, 1] on the CPU, of final latents [N, C, H, W], as pipelines do."""
-    vae = pipe.vae
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        # It overflows in half precision; the pipeline would convert its own.
-        vae = copy.deepcopy(vae).float()
-    mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
-    latents = latents.float() / vae.config.scaling_factor
-    if mean is not None and std is not None:
-        latents = latents * std + mean
-    decoded = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
-    return (decoded.float() / 2 + 0.5).clamp(0, 1).cpu()
-
-
-@torch.no_grad()
-def encode_images(pipe: Any, images: Tensor) -> Tensor:
-    """Latents [N, C, h, w], float32 on the CPU, of images [N, 3, H, W] in [0, 1]: the mean of the encoder."""
-    vae = pipe.vae
-    if vae.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-        vae = copy.deepcopy(vae).float()
-    latents = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist.mode().float()
-    mean, std = (_per_channel(vae, name, latents) for name in ("latents_mean", "latents_std"))
-    if mean is not None and std is not None:
-        latents = (latents - mean) / std
-    return (latents * vae.config.scaling_factor).cpu()
-
-
-def _per_channel(vae: Any, name: str, like: Tensor) -> Tensor | None:
-    values = getattr(vae.config, name, None)
-    if values is None:
-        return None
-    return torch.tensor(values, dtype=torch.float32, device=like.device).reshape(1, -1, 1, 1)
 
 
 def _numbers(samples: Samples, initial: Tensor) -> dict[str, Any]:

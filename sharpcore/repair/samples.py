@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from sharpcore import conditioning as text
-from sharpcore.branches import Branch, predict, prediction_factor, scale_model_input
+from sharpcore.branches import Branch, predict, scale_model_input
 from sharpcore.lowering import WeightCopies
-from sharpcore.score import noise_level, prediction_type_of
+from sharpcore.score import noise_level, prediction_type_of, score_factors
 from sharpcore.trajectory import scaled_noise, trajectory_scheduler
 
 
@@ -144,7 +144,7 @@ class Samples:
         return self._scheduler.timesteps[0].to(x.device).expand(count)
 
     def _factor(self, x: Tensor, units: str) -> Tensor:
-        return prediction_factor(x, self.alpha, self.sigma, self._prediction_type, units).detach()
+        return score_factors(x, self.alpha, self.sigma, self._prediction_type, units)[0].detach()
 
     def _both(self, rows: Sequence[int], hidden: Tensor | None) -> text.Conditioning:
         conditional = text.select_conditioning(self.conditional, rows)
