@@ -220,7 +220,7 @@ def _save(out: Path, place: int, found: Mapping[str, Generation], format: str) -
         if format == "npz":
             import numpy as np
 
-            np.savez(path, **{key: tensor.numpy() for key, tensor in tensors.items()})
+            np.savez(path, allow_pickle=False, **{key: tensor.numpy() for key, tensor in tensors.items()})
         else:
             from safetensors.torch import save_file
 
