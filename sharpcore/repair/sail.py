@@ -78,9 +78,11 @@ class Sail(Repair):
         Whether the gradient takes into account that the direction s_D(x) changes with x, too. It costs
         nothing. Where s_D is affine in x the other part is zero: without it the loss has no gradient although
         ||H_D s_D|| has one.
-    keep_norm
-        Whether each step ends with the noise scaled back to the norm it was drawn with, which an addition of
-        ours: a pull towards 0 is not what keeps standard normal noise in 1,000 dimensions likely.
+    keep
+        What of the drawn noise is given back after each step, an addition of ours: a pull towards 0 is not
+        what keeps standard normal noise of 1,000 dimensions likely. "spectrum": the amplitude of every
+        spatial frequency of every channel, so that only phases are optimized; "norm": the norm alone, with
+        which low frequencies can leave what noise has, and images with them; "nothing": as in the paper.
     """
 
     name = "sail"
