@@ -753,8 +753,8 @@ def _made_for(width: int, *choices: tuple[int, int, triton.Config]) -> list[trit
 def forward_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
     """For heads whose wider side has `width` entries of `size` bytes, and `count` tangents.
 
-    The first one runs where nothing is tuned: compiled for sm_80 it spills no registers. The others spill none
-    on sm_80 or on sm_90.
+    The first one runs where nothing is tuned: compiled for sm_80 it spills no registers. The others spill
+    none on sm_80 or on sm_90.
     """
     if size == 4 and precision == "tf32":
         return [_choice(64 if 64 < width <= 96 else 32, 32, 32), _choice(32, 64, 32)]
@@ -908,7 +908,8 @@ def attention_tangent(
     precision: str,
 ) -> None:
     """Write result [K, B, H, L, Ev] of the tangents, [K, ...] of each operand of `attention_forward`."""
-    operands = {"q": q, "k": k, "v": v, "o": o, "dq": dq, "dk": dk, "dv": dv, "result": result}
+    operands: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "o": o, "result": result}
+    operands |= {"dq": dq, "dk": dk, "dv": dv}
     arguments = _arguments(operands, {"lse": lse, "mask": mask}, scale, precision, result.shape[0])
     _launch(tangent_kernel, tangent_configurations, arguments)
 
@@ -932,9 +933,9 @@ def attention_adjoint(
     cotangent [K, B, H, L, Ev]; the rest as in `attention_forward`."""
     moving = grad_q is not None or grad_k is not None
     along = torch.empty(cotangent.shape[:-1], dtype=torch.float32, device=q.device) if moving else None
-    operands = {"q": q, "k": k, "v": v, "o": o, "cotangent": cotangent}
+    operands: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "o": o, "cotangent": cotangent}
     operands |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-    others = {"lse": lse, "mask": mask, "along": along}
+    others: dict[str, Tensor | None] = {"lse": lse, "mask": mask, "along": along}
     arguments = _arguments(operands, others, scale, precision, cotangent.shape[0])
     if moving:
         _launch(along_kernel, along_configurations, arguments)

@@ -172,7 +172,7 @@ def test_configurations(choice: int, kernels: Any, monkeypatch: pytest.MonkeyPat
     run, ran = triton_kernels.run, set()
 
     def run_that(kernel: Any, grid: Any, arguments: Any, configurations: Any, key: Any) -> None:
-        ran.add(kernel)
+        ran.add(kernel.fn.__name__)
         run(kernel, grid, arguments, [configurations[min(choice, len(configurations) - 1)]], key)
 
     monkeypatch.setattr(triton_kernels, "run", run_that)
