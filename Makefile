@@ -21,9 +21,11 @@ EVALUATE_OPTIONS := --overwrite
 
 ASAN := build/asan
 TSAN := build/tsan
-ASAN_TESTS := $(wildcard tests/test_*_tangent.py) tests/test_attention_storage.py \
-	tests/test_group_norm_silu_forward.py tests/test_residual_add.py tests/test_plan.py tests/test_backends.py \
-	tests/test_grow_basis.py tests/test_philox.py tests/test_sanitizers.py \
+ASAN_TESTS := $(wildcard tests/test_*_tangent.py) tests/test_attention_masks.py tests/test_attention_storage.py \
+	tests/test_group_norm_silu_forward.py tests/test_group_norm_silu_storage.py tests/test_geglu_fusion.py \
+	tests/test_residual_add.py tests/test_scale_shift_norm.py tests/test_grow_basis.py tests/test_philox.py \
+	tests/test_flushed_denormals.py tests/test_stress.py tests/test_precision.py tests/test_memory_budget.py \
+	tests/test_plan.py tests/test_backends.py tests/test_sanitizers.py \
 	'tests/test_networks.py::test_products_are_exact[sd1-auto]'
 
 .PHONY: demo test test-asan test-tsan lint format clean

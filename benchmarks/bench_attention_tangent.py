@@ -53,6 +53,7 @@ def halved(*tensors: Tensor | None) -> list[Any]:
     return [None if t is None else t.bfloat16() for t in tensors]
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize("name", SHAPES)

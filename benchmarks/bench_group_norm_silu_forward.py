@@ -17,6 +17,7 @@ from sharpcore.backends import cpu, reference
 GROUPS = 32
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

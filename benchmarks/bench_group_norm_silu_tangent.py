@@ -20,6 +20,7 @@ from sharpcore.backends import cpu, reference
 GROUPS = 32
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("count", [1, 8])

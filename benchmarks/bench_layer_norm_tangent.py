@@ -18,6 +18,7 @@ from torch import Tensor
 from sharpcore.backends import cpu, reference
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("count", [1, 8])
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import torch
 from sharpcore.backends import cpu, reference
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["rademacher", "normal", "sphere"])

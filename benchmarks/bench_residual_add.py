@@ -16,6 +16,7 @@ import torch
 from sharpcore.backends import cpu
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("count", [1, 8])

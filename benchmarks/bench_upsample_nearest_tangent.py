@@ -19,6 +19,7 @@ from sharpcore.backends import cpu
 aten = torch.ops.aten
 
 
+@pytest.mark.kernel
 @pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["channels-first", "channels-last"])

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 import machine
 import results
 from isolated import COMPILE_LIMIT
-from measure import Table
+from measure import KERNEL_TURN_SECONDS, Table
 
 LARGE = {
     "sd14": "Stable Diffusion 1.4's size: many minutes, 18 GiB",
@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "quick: part of the quick table")
+    config.addinivalue_line("markers", "kernel: a turn is as many calls as take 20 ms")
     for name, meaning in LARGE.items():
         config.addinivalue_line("markers", f"{name}: {meaning}; runs only with -m {name}")
 
@@ -56,7 +57,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     """A table named after the test, printed at its end also where the test fails, saved when asked for."""
     name = request.node.name.removeprefix("test_").replace("[", "-").rstrip("]")
-    result = Table(name, request.config.getoption("--turns"))
+    turn_seconds = KERNEL_TURN_SECONDS if "kernel" in request.keywords else 0.0
+    result = Table(name, request.config.getoption("--turns"), turn_seconds)
     yield result
     if not result.rows:
         return

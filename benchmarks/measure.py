@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
+import math
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from sharpcore.memory import available_bytes
 Run = Callable[[], Any]
 OK = "ok"
 HEADING = 45  # characters
+KERNEL_TURN_SECONDS = 0.02  # of a turn in the tables of single kernels
 SHOWN = ("axis", "point", "products")  # labels that are printed
 
 
@@ -80,9 +82,25 @@ def why(error: BaseException) -> str:
 
 def timed(run: Run) -> tuple[float, Any]:
     """Seconds of one call, and what it gave."""
-    start = time.perf_counter()
+    start = perf_counter()
     result = run()
-    return time.perf_counter() - start, result
+    return perf_counter() - start, result
+
+
+def repeated(run: Run, calls: int) -> float:
+    """Seconds of so many calls."""
+    start = perf_counter()
+    for _ in range(calls):
+        run()
+    return perf_counter() - start
+
+
+def calls_in(run: Run, seconds: float) -> int:
+    """How many calls take so long, at least."""
+    calls = 1
+    while (taken := repeated(run, calls)) < seconds:
+        calls = math.ceil(calls * min(10.0, max(2.0, 1.1 * seconds / max(taken, 1e-9))))
+    return calls
 
 
 @dataclass
@@ -95,11 +113,15 @@ class _Candidate:
     setup: Row | None = None
     unit: _Candidate | None = None
     run: Run | None = None
+    calls: int = 1  # in a turn
 
     def time(self) -> float:
         """One turn; returns the seconds per unit of work."""
         assert self.run is not None
-        seconds, _ = timed(self.run)
+        if self.calls > 1:
+            # Threads of whoever ran before, OpenMP's above all, spin for some milliseconds before they sleep.
+            repeated(self.run, self.calls)
+        seconds = repeated(self.run, self.calls) / self.calls
         self.row.seconds.append(seconds)
         if self.unit is None:
             self.row.units.append(seconds / self.row.per)
@@ -107,10 +129,14 @@ class _Candidate:
 
 
 class Table:
-    """Candidates in the order in which they were added; the first is the unit of those that follow."""
+    """Candidates in the order in which they were added; the first is the unit of those that follow.
 
-    def __init__(self, name: str, turns: int) -> None:
-        self.name, self.turns = name, turns
+    In a turn a candidate is called once, or, where `turn_seconds` are given, as often as takes so long, after
+    as many untimed calls.
+    """
+
+    def __init__(self, name: str, turns: int, turn_seconds: float = 0.0) -> None:
+        self.name, self.turns, self.turn_seconds = name, turns, turn_seconds
         self.rows: list[Row] = []
         self._unit: _Candidate | None = None
         self._pending: list[_Candidate] = []
@@ -167,7 +193,7 @@ class Table:
         """An untimed call of each candidate added since the last time, for its error; then all in turn."""
         pending, self._pending = self._pending, []
         for candidate in pending:
-            _warm_up(candidate)
+            _warm_up(candidate, self.turn_seconds)
         gc.collect()
         gc.disable()
         try:
@@ -202,7 +228,7 @@ class Table:
         return "\n".join(lines)
 
 
-def _warm_up(candidate: _Candidate) -> None:
+def _warm_up(candidate: _Candidate, turn_seconds: float) -> None:
     row, unit = candidate.row, candidate.unit
     free = available_bytes(torch.device("cpu"))
     if free is not None and candidate.needs * 2**30 > free:
@@ -218,6 +244,8 @@ def _warm_up(candidate: _Candidate) -> None:
                 candidate.setup.seconds.append(seconds)
             result = candidate.run()
             row.error = None if candidate.error is None else candidate.error(result)
+            if turn_seconds > 0:
+                candidate.calls = calls_in(candidate.run, turn_seconds)
         # Whatever a candidate raises is its result.
         except Exception as error:
             row.status, candidate.run = why(error), None

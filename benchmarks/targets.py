@@ -211,6 +211,12 @@ TARGETS: tuple[Target, ...] = (
     ),
     Target(
         "executor",
+        "executor alone, calls doing nothing, share of a product on mid",
+        _worst("overhead", "the executor alone, its calls doing nothing"),
+        0.05,
+    ),
+    Target(
+        "executor",
         "overhead of all instructions, share of a product on mid",
         _worst("overhead", "overhead of all instructions, at most"),
         0.05,

@@ -196,7 +196,7 @@ sharpcore::AttentionPrimal attention_primal(const OperandTuple& q, const Operand
             lse_strides[1],
             lse_strides[2],
             {reinterpret_cast<void*>(mask), mask_strides[0], mask_strides[1], mask_strides[2], mask_strides[3],
-             static_cast<sharpcore::Dtype>(mask_dtype)},
+             static_cast<sharpcore::MaskDtype>(mask_dtype)},
             scale,
             static_cast<sharpcore::Dtype>(dtype),
             batch,

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sharpcore import passes
 from sharpcore.errors import UnsupportedOperation
-from sharpcore.rules import aten
+from sharpcore.rules import aten, with_tensors
 
 if TYPE_CHECKING:
     from sharpcore.trace import Tracer
@@ -261,7 +260,8 @@ class InPlaceWrites:
                 tensor.clone() if tensor.layout is torch.strided and storage_key(tensor) in keys else tensor
             )
 
-        for node, instruction in zip(self._tracer.nodes, self._tracer.maps, strict=True):
+        maps = self._tracer.maps
+        for index, (node, instruction) in enumerate(zip(self._tracer.nodes, maps, strict=True)):
             node.args = replace_tensors(node.args, copy)
             if instruction is not None:
-                passes.replace_residuals(instruction, copy)
+                maps[index] = with_tensors(instruction, copy)

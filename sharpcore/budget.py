@@ -7,11 +7,14 @@ import heapq
 import itertools
 import math
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from sharpcore.errors import OutOfMemory
-from sharpcore.program import Program
+from sharpcore.passes import only_first_output
+from sharpcore.program import Node, Program
 from sharpcore.residuals import Segment
 from sharpcore.rules import LinearMap
 from sharpcore.rules.pointwise import Sum
@@ -32,13 +35,16 @@ Memory = Mapping[Hashable, int]  # bytes by what tells one piece of memory from 
 class Choice:
     """What is made again in every product, and what the rest takes, in bytes.
 
-    `again` are the ids of the weights of which no copy is kept. `kept` are residuals and checkpoints,
-    `copies` the kept copies of weights, `transient` the most that is alive of a segment and a copy that are
-    made again, and `workspace` the tangents of a product with one vector.
+    `again` are the ids of the weights of which no copy is kept, `rounded` the nodes whose residuals are
+    stored in bfloat16, and `low` the values that are, of those that segments start from. `kept` are residuals
+    and checkpoints, `copies` the kept copies of weights, `transient` the most that is alive of a segment, a
+    copy or a residual that are made again, and `workspace` the tangents of a product with one vector.
     """
 
     segments: tuple[Segment, ...] = ()
     again: frozenset[Hashable] = frozenset()
+    rounded: frozenset[int] = frozenset()
+    low: frozenset[int] = frozenset()
     work: float = 0.0
     kept: int = 0
     copies: int = 0
@@ -58,34 +64,44 @@ def choose(
     copies: Memory,
     workspace: int,
     budget: float,
+    rounded: Sequence[Memory] | None = None,
 ) -> Choice:
     """What to make again in every product so that everything that is kept for it, and what it makes, take at
     most `budget` bytes; as little work as possible.
 
     `memory` is what each node's map keeps, `copies` the copies of weights by the id of the weight, and
     `workspace` what the tangents of a product with one vector take. What costs the least time for a byte goes
-    first: a copy of a weight costs 32 FLOPs a byte, a result of a layer of width d some d/2 and more. Raises
+    first: a copy of a weight costs 32 FLOPs a byte, a result of a layer of width d some d/2 and more.
+    `rounded` is what maps would keep in bfloat16, where that is allowed: a residual that is cast back costs
+    as much as a weight that is copied. Checkpoints are rounded where nothing fits otherwise. Raises
     OutOfMemory where no choice fits.
     """
-    facts = _Facts(program, maps, memory, copies)
-    everything = _State(facts, workspace).choice()
+    exact = _Facts(program, maps, memory, copies)
+    everything = _State(exact, workspace).choice()
     if everything.needed <= budget:
         return everything
+    ways = [exact]
+    if rounded is not None:
+        ways += [_Facts(program, maps, memory, copies, rounded, low) for low in (False, True)]
     best: Choice | None = None
     least = everything.needed
-    for length in _LENGTHS:
-        found, lowest = _greedy(facts, _cut(program, length), workspace, budget)
-        least = min(least, lowest)
-        if found is not None and (best is None or found.work < best.work):
-            best = found
+    for facts in ways:
+        if facts.low and best is not None:
+            break
+        for length in _LENGTHS:
+            found, lowest = _greedy(facts, _cut(program, length), workspace, budget)
+            least = min(least, lowest)
+            if found is not None and (best is None or found.work < best.work):
+                best, chosen = found, facts
     if best is None:
         raise OutOfMemory(
             f"memory_budget: at least {least} bytes are needed to multiply with this network at this "
             f"size, with nearly everything made again in each product; got {budget:.0f}"
         )
     held = frozenset(value for segment in best.segments for value in segment.needs)
-    final = (facts.segment(s.start, s.stop, math.inf, held) for s in best.segments)
-    return replace(best, segments=tuple(final))
+    final = tuple(chosen.segment(s.start, s.stop, math.inf, held) for s in best.segments)
+    low = frozenset(value for segment in final for value in segment.needs if value in chosen.low)
+    return replace(best, segments=final, low=low)
 
 
 def workspace_bytes(program: Program, maps: Sequence[LinearMap | None]) -> int:
@@ -126,8 +142,18 @@ class _Facts:
         maps: Sequence[LinearMap | None],
         memory: Sequence[Memory],
         copies: Memory,
+        rounded: Sequence[Memory] | None = None,
+        low: bool = False,
     ) -> None:
+        """`rounded`: maps may be kept in bfloat16; `low`: checkpoints and maps that are made again are."""
         self.program, self.memory, self.copies = program, memory, copies
+        self.rounded: Sequence[Memory] = [{}] * len(memory) if rounded is None else rounded
+        self.cast = [  # bytes of what a map casts back
+            2 * sum(size for key, size in new.items() if key not in old)
+            for old, new in zip(memory, self.rounded, strict=True)
+        ]
+        self.remade = [new if low and new else old for old, new in zip(memory, self.rounded, strict=True)]
+        self.low: dict[int, int] = {}  # the values that are stored in bfloat16, and the bytes that they take
         weights = [id(getattr(instruction, "weight", None)) for instruction in maps]
         self.copied = [key if key in copies else None for key in weights]  # by node
         self.values: dict[int, tuple[Hashable, int]] = {}
@@ -140,6 +166,8 @@ class _Facts:
                 if value is not None:
                     self.values[value] = place
                     made += place[1] if place[0] not in before else 0
+            if low:
+                self.low.update(_in_bfloat16(node))
             flops = 0 if instruction is None else instruction.flops(1)
             self.work.append(flops + _MOVED * made)
             self._intense.append(flops / made if made else 0.0)
@@ -170,47 +198,79 @@ class _Facts:
         return Segment(start, stop, tuple(sorted(needs | needed)), frozenset(runs))
 
     def held(self, values: Iterable[int]) -> dict[Hashable, int]:
-        """The memory of values; that of the inputs is not counted."""
-        return dict(self.values[value] for value in values if value in self.values)
+        """The memory of values that are kept; that of the inputs is not counted."""
+        return dict(
+            (("rounded", value), self.low[value]) if value in self.low else self.values[value]
+            for value in values
+            if value in self.values
+        )
 
-    def maps(self, segment: Segment) -> dict[Hashable, int]:
-        """What the maps of a segment keep."""
-        merged: dict[Hashable, int] = {}
-        for index in range(segment.start, segment.stop):
-            merged.update(self.memory[index])
-        return merged
+    def roundable(self, start: int, stop: int) -> frozenset[int]:
+        """The nodes of [start, stop) whose maps have residuals that may be stored in bfloat16."""
+        return frozenset(index for index in range(start, stop) if self.rounded[index])
 
     def peak(self, segment: Segment) -> int:
         """The most that is alive while the maps of a segment are made, checkpoints not counted."""
         given = self.held(segment.needs)
         alive: dict[int, tuple[Hashable, int]] = {}
-        made: dict[Hashable, int] = {}
+        made = dict(self.values[value] for value in segment.needs if value in self.low)  # cast back
         most = 0
         for index in range(segment.start, segment.stop):
             node = self.program.nodes[index]
             if index in segment.runs:
                 alive.update((v, self.values[v]) for v in node.outputs if v is not None)
             if node.remade:
-                made.update(self.memory[index])
+                made.update(self.remade[index])
             together = made | dict(alive.values())
             if node.overwrites and index in segment.runs and node.args[0].value in alive:
                 together.pop(alive[node.args[0].value][0])  # the factors lie where the projection was
-            most = max(most, sum(size for key, size in together.items() if key not in given))
+            total = sum(size for key, size in together.items() if key not in given)
+            most = max(most, total + self.cast[index] * self._runs_rounded(index))
             for value in self.program.dead[index]:
                 alive.pop(value, None)
         return most
 
+    def _runs_rounded(self, index: int) -> bool:
+        """Whether to round what a map that is made again keeps takes another run of the operation."""
+        return bool(self.low) and bool(self.rounded[index]) and self.program.nodes[index].op == "attention"
+
+    def work_of(self, segment: Segment) -> float:
+        """The work of making a segment again, and of casting what is stored in bfloat16."""
+        nodes = self.roundable(segment.start, segment.stop) if self.low else ()
+        cast = sum(self.values[value][1] for value in segment.needs if value in self.low)
+        cast += sum(self.cast[index] for index in nodes)
+        runs = [*segment.runs, *(index for index in nodes if self._runs_rounded(index))]
+        return sum(self.work[index] for index in runs) + _MOVED * cast
+
+
+def _union(memories: Iterable[Memory]) -> dict[Hashable, int]:
+    merged: dict[Hashable, int] = {}
+    for memory in memories:
+        merged.update(memory)
+    return merged
+
+
+def _in_bfloat16(node: Node) -> Iterator[tuple[int, int]]:
+    """The results of an operation that may be stored in bfloat16, with the bytes that they take then; its
+    statistics may not."""
+    for position, value in enumerate(node.outputs):
+        single = node.nbytes[position] == torch.float32.itemsize * math.prod(node.shapes[position])
+        if value is not None and single and not (position and only_first_output(node.op)):
+            yield value, node.nbytes[position] // 2
+
 
 @dataclass(frozen=True)
 class _Option:
-    """One way of making a segment again."""
+    """One way of giving up the residuals of a stretch of operations: making them again as a segment, or
+    keeping them. Those of the nodes `rounded` are stored in bfloat16."""
 
-    segment: Segment
+    segment: Segment | None
+    rounded: frozenset[int]
     work: float
     saving: int  # about: what neighbours share is not known
-    peak: int  # while its maps are made
-    made: int  # of its maps
-    copied: frozenset[Hashable]  # the weights of its layers
+    peak: int  # while its maps are made, and one of them is cast back
+    made: int = 0  # of its maps
+    copied: frozenset[Hashable] = frozenset()  # the weights of its layers
 
     def transient(self, again: Memory) -> int:
         """The most that it takes where the copies of these weights are made again."""
@@ -241,13 +301,20 @@ class _State:
                 self._kept -= self._sizes[key]
 
     def set(self, start: int, option: _Option | None) -> None:
-        """Make a segment again in this way; None: keep its maps."""
+        """Give up the maps from here on in this way; None: keep them."""
         old = self.chosen.pop(start, None)
+        facts = self._facts
         for one, change in ((old, 1), (option, -1)):
-            if one is not None:
-                self._count(self._facts.held(one.segment.needs), -change)
-                for index in range(one.segment.start, one.segment.stop):
-                    self._count(self._facts.memory[index], change)
+            if one is None:
+                continue
+            if one.segment is None:
+                for index in one.rounded:
+                    self._count(facts.memory[index], change)
+                    self._count(facts.rounded[index], -change)
+                continue
+            self._count(facts.held(one.segment.needs), -change)
+            for index in range(one.segment.start, one.segment.stop):
+                self._count(facts.memory[index], change)
         if option is not None:
             self.chosen[start] = option
 
@@ -256,8 +323,9 @@ class _State:
         options = [self.chosen[start] for start in sorted(self.chosen)]
         again = sum(self.again.values())
         return Choice(
-            segments=tuple(option.segment for option in options),
+            segments=tuple(option.segment for option in options if option.segment is not None),
             again=frozenset(self.again),
+            rounded=frozenset(index for option in options for index in option.rounded),
             work=sum(option.work for option in options) + _COPIED * again,
             kept=self._kept,
             copies=sum(self._facts.copies.values()) - again,
@@ -311,20 +379,32 @@ def _greedy(facts: _Facts, bounds: Sequence[int], workspace: int, budget: float)
 
 
 def _options(facts: _Facts, start: int, stop: int) -> list[_Option]:
-    """The ways of making a segment again that differ, where they save anything."""
-    found: dict[Segment, _Option] = {}
+    """The ways of giving up the maps of nodes [start, stop) that differ, where they save anything."""
+    found: dict[Segment | None, _Option] = {}
+    kept = _union(facts.memory[start:stop])
+    rounded = facts.roundable(start, stop)
+    cast = max((facts.cast[index] for index in rounded), default=0)
+    if rounded:
+        saving = sum(_union(facts.memory[index] for index in rounded).values())
+        saving -= sum(_union(facts.rounded[index] for index in rounded).values())
+        work = _MOVED * sum(facts.cast[index] for index in rounded)
+        if saving > 0:
+            found[None] = _Option(None, rounded, work, saving, cast)
     for threshold in _THRESHOLDS:
         segment = facts.segment(start, stop, threshold)
         if segment in found:
             continue
-        maps, held = facts.maps(segment), facts.held(segment.needs)
-        saving = sum(size for key, size in maps.items() if key not in held)
+        held = facts.held(segment.needs)
+        saving = sum(size for key, size in kept.items() if key not in held)
         saving -= sum(size for key, size in held.items() if key not in facts.in_maps)
         if saving > 0:
-            work = sum(facts.work[index] for index in segment.runs)
-            made = sum(size for key, size in maps.items() if key not in held)
+            made = sum(size for key, size in _union(facts.remade[start:stop]).items() if key not in held)
+            peak = facts.peak(segment)
+            low = rounded if facts.low else frozenset[int]()
+            if low:
+                peak = max(peak, made + cast)
             copied = frozenset(facts.copied[start:stop])
-            found[segment] = _Option(segment, work, saving, facts.peak(segment), made, copied)
+            found[segment] = _Option(segment, low, facts.work_of(segment), saving, peak, made, copied)
     return list(found.values())
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from sharpcore import __version__, backends
+from sharpcore.testing.tolerance import relative_error
 
 _PACKAGES = (
     "torch",
@@ -114,10 +115,6 @@ def _run(name: str, test: Callable[[], float]) -> Report:
     return {"name": name, "passed": error <= _TOLERANCE, "detail": detail}
 
 
-def _relative_error(value: Tensor, expected: Tensor) -> float:
-    return float((value - expected).norm() / expected.norm())
-
-
 def _network(fused: bool) -> tuple[Callable[[Tensor], Tensor], Tensor, Tensor]:
     """A tiny network (attention as one operation or spelled out), a point [2, 4, 5, 3], 3 tangents."""
     generator = torch.Generator("cpu").manual_seed(0)
@@ -149,7 +146,7 @@ def _products_agree() -> float:
     network, x, tangents = _network(fused=True)
     spelled_out, _, _ = _network(fused=False)
     expected = torch.stack([torch.func.jvp(spelled_out, (x,), (tangent,))[1] for tangent in tangents])
-    return _relative_error(linearize(network, x).jvp(tangents), expected)
+    return relative_error(linearize(network, x).jvp(tangents), expected)
 
 
 def _transpose_agrees() -> float:
@@ -159,7 +156,7 @@ def _transpose_agrees() -> float:
     pushed = linearize(network, x)
     cotangents = tangents.flip(0)
     left = (cotangents * pushed.jvp(tangents)).sum()
-    return _relative_error((pushed.vjp(cotangents) * tangents).sum(), left)
+    return relative_error((pushed.vjp(cotangents) * tangents).sum(), left)
 
 
 def _kernels_agree() -> float:
@@ -173,7 +170,7 @@ def _kernels_agree() -> float:
     reference = backends.get_backend("reference", device="cpu", dtype=torch.float64)
     arguments = (tangents, x, mean, rstd, weight, bias, 2, True)
     return max(
-        _relative_error(getattr(chosen, kernel)(*arguments), getattr(reference, kernel)(*arguments))
+        relative_error(getattr(chosen, kernel)(*arguments), getattr(reference, kernel)(*arguments))
         for kernel in ("group_norm_silu_tangent", "group_norm_silu_adjoint")
     )
 

@@ -52,8 +52,8 @@ def explain(program: Program, k: int | None = None) -> str:
     """One line an instruction: operation, linear map, output shape, bytes kept, FLOPs and time of k tangents,
     module.
 
-    The time is that of the last product; without k its number of tangents is taken, or 1 where there was
-    none yet.
+    The time is that of the last product that was timed; without k its number of tangents is taken, or 1
+    where there was none yet.
     """
     timing = program.timing
     if timing is not None and k not in (None, timing.k):
@@ -98,7 +98,7 @@ def _kinds(program: Program, timing: Timing) -> list[str]:
         kinds.setdefault(cost.kind, []).append(timing.seconds.get(step.node, 0.0))
     total = sum(map(sum, kinds.values())) or 1.0
     product = "transposed product" if timing.transposed else "product"
-    lines = [f"{total * 1e3:.1f} ms for K = {timing.k}, in the last {product}:"]
+    lines = [f"{total * 1e3:.1f} ms for K = {timing.k}, in the last {product} that was timed:"]
     by_time: Sequence[tuple[str, list[float]]] = sorted(kinds.items(), key=lambda item: -sum(item[1]))
     for kind, times in by_time:
         share = sum(times) / total

@@ -15,7 +15,7 @@ from sharpcore.backends import get_backend
 from sharpcore.budget import Choice, choose, workspace_bytes
 from sharpcore.errors import InvalidInput, NonFiniteError
 from sharpcore.explain import Cost, cost_of
-from sharpcore.lowering import Lowering, WeightCopies
+from sharpcore.lowering import Lowering, Rounded, WeightCopies
 from sharpcore.program import Program
 from sharpcore.residuals import Dropped, Residuals, kept_memory
 from sharpcore.rules import LinearMap, storage_of
@@ -50,6 +50,7 @@ def linearize(
     backend: str = "auto",
     precision: str = "float32",
     memory_budget: int | None = None,
+    round_residuals: bool = False,
 ) -> Linearization:
     """Evaluate f(x, *bound) once and return its value with its exact Jacobian in x, as a linear operator.
 
@@ -76,13 +77,18 @@ def linearize(
         How many bytes a product with one vector may take beside the network itself and the pass that
         linearizes: residuals, copies of weights, and the workspace. Where that is not enough, copies of
         weights are made anew in every product and parts of the network run again; `explain` says which. None:
-        everything is kept.
+        everything is kept. The bits of a jvp are the same with a budget as without.
+    round_residuals
+        Residuals of a float32 network may be stored in bfloat16 to fit the budget, where that is the least
+        work, or nothing else fits. They are cast back in every product, which stays in float32: a relative
+        error of 1e-3 to 3e-3 in place of 1e-6. `explain` says how many are rounded.
 
     Raises
     ------
     InvalidInput
         x is not a finite floating-point tensor, f does not return a tensor, the precision is unknown or not
-        one for x's dtype, or the budget is no positive number.
+        one for x's dtype, the budget is no positive number, or residuals are to be rounded without a budget
+        or of another than a float32 network multiplied with in float32.
     OutOfMemory
         The budget does not even hold one part at a time; the message says how much would do.
     UnsupportedOperation
@@ -90,7 +96,7 @@ def linearize(
     NonFiniteError
         f(x) holds a NaN or an infinity; the message names the operation in which it appeared first.
     """
-    return Linearization(f, x, bound, backend, precision, memory_budget)
+    return Linearization(f, x, bound, backend, precision, memory_budget, round_residuals=round_residuals)
 
 
 class Linearization:
@@ -115,6 +121,8 @@ class Linearization:
         precision: str,
         memory_budget: int | None,
         copies: WeightCopies | None = None,
+        *,
+        round_residuals: bool = False,
     ) -> None:
         if not callable(f):
             raise InvalidInput(f"f: expected a callable of one tensor; got {type(f).__name__}")
@@ -131,6 +139,12 @@ class Linearization:
         self.memory_budget = memory_budget
         self._lowering = Lowering(precision, x, self.backend, {} if copies is None else copies)
         self._lowering.packs_adjoints = memory_budget is None
+        if round_residuals and (memory_budget is None or self._lowering.rounds or x.dtype != torch.float32):
+            raise InvalidInput(
+                "round_residuals: expected a memory_budget with it, and products in float32; "
+                f"got memory_budget={memory_budget}, {x.dtype}, precision={precision!r}"
+            )
+        self.round_residuals = round_residuals
         self._f = f
         self._trace(x, bound)
 
@@ -165,9 +179,12 @@ class Linearization:
                 lowering.weight_copies(maps),
                 lowering.rounded(workspace_bytes(program, maps)),
                 self.memory_budget,
+                kept_memory(program, maps, lowering, rounded=True) if self.round_residuals else None,
             )
             lowering.again = choice.again
-        self._residuals = Residuals(maps, choice.segments, program, self.backend, lowering)
+        self._residuals = Residuals(
+            maps, choice.segments, program, self.backend, lowering, choice.rounded, choice.low
+        )
         missing = bool(choice.segments)
         recomputed: dict[int, Cost] = {}
         for index, instruction in enumerate(maps):
@@ -175,7 +192,8 @@ class Linearization:
             again = self._residuals.recomputes(index) and program.nodes[index].remade
             missing |= isinstance(instruction, Dropped)
             if instruction is not None and again:
-                recomputed[index] = cost_of(instruction, None)
+                kept = Rounded(instruction) if index in choice.rounded else instruction
+                recomputed[index] = cost_of(kept, None)
             if instruction is None or again or isinstance(instruction, Dropped):
                 self._residuals[index] = None
             else:
@@ -205,11 +223,16 @@ class Linearization:
             f"checkpoints take {sum(checkpoints.values()) / 1e6:.1f} MB; "
             f"{len(choice.again)} copies of weights are made again, {choice.copies / 1e6:.1f} MB of them kept"
         )
+        if self.round_residuals:
+            program.notes.append(
+                f"stored in bfloat16, and cast back in every product: the residuals of {len(choice.rounded)} "
+                f"instructions, and {len(choice.low)} checkpoints"
+            )
         program.notes.append(
             f"a product with one vector takes {choice.needed / 1e6:.1f} MB, about: "
             f"{choice.kept / 1e6:.1f} kept of the point, {choice.copies / 1e6:.1f} of weights, "
             f"{choice.transient / 1e6:.1f} for what is made again, {choice.workspace / 1e6:.1f} of tangents; "
-            f"making it again takes {choice.work / 1e9:.3f} GFLOP"
+            f"making it again, casts included, takes {choice.work / 1e9:.3f} GFLOP"
         )
 
     def _replay(self, inputs: Sequence[Tensor]) -> Tensor | None:
@@ -254,12 +277,9 @@ class Linearization:
 
     def _weights(self) -> set[int]:
         """The memory of constants and of copies of them."""
-        found = set()
+        found = set[int]()
         for node, instruction in zip(self.program.nodes, self._residuals.kept(), strict=True):
-            for arg in node.args:
-                for part in arg if isinstance(arg, list) else (arg,):
-                    if isinstance(part, Tensor) and part.layout is torch.strided:
-                        found.add(storage_of(part)[0])
+            found |= node.constants()
             if node.fixed and instruction is not None:
                 found.update(storage_of(tensor)[0] for _, tensor in instruction.residuals())
         return found
@@ -286,7 +306,7 @@ class Linearization:
         self._check_ready()
         return self._product(cotangents, transposed=True)
 
-    def _product(self, vectors: Tensor, *, transposed: bool, synchronize: bool = False) -> Tensor:
+    def _product(self, vectors: Tensor, *, transposed: bool, timed: bool = False) -> Tensor:
         like = self.x if transposed else self.value
         with torch.inference_mode(False), torch.no_grad(), _plain_precision(vectors):
             result = torch.empty((vectors.shape[0], *like.shape), dtype=like.dtype, device=like.device)
@@ -300,7 +320,7 @@ class Linearization:
                 vectors,
                 result,
                 transposed=transposed,
-                synchronize=synchronize,
+                timed=timed,
             )
             if checking() and not bool(torch.isfinite(result).all()):
                 raise NonFiniteError(
@@ -343,10 +363,11 @@ class Linearization:
 
     def explain(self, k: int | None = None) -> str:
         """A table of the instructions: operation, module, output shape, bytes kept, FLOPs, what was chosen
-        for the memory budget, and the time of each in the last product.
+        for the memory budget, and the time of each.
 
-        With a number k the times are those of a jvp with k tangents that is made for this. Raises
-        InvalidInput when k is not a positive integer.
+        With a number k the times are those of a jvp with k tangents that is made for this; without, those of
+        the last product that was timed, as the first ones at a point are. Raises InvalidInput when k is not a
+        positive integer.
         """
         if k is not None:
             if not _is_count(k) or k < 1:
@@ -354,7 +375,7 @@ class Linearization:
             tangents = torch.ones((k, *self.x.shape), dtype=self.x.dtype, device=self.x.device)
             self._check_ready()
             for _ in range(3):  # the first makes the plan, the second finds caches cold
-                self._product(tangents, transposed=False, synchronize=True)
+                self._product(tangents, transposed=False, timed=True)
         return self.program.explain(k)
 
     def _check_bound(self, bound: Sequence[Tensor]) -> None:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections import Counter
+from collections.abc import Callable, Container, Hashable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharpcore.errors import InvalidInput
-from sharpcore.rules import LinearMap
+from sharpcore.rules import LinearMap, storage_of, with_tensors
 from sharpcore.rules.attention import Attention
 from sharpcore.rules.linear import Convolution, Linear, MatrixProduct, pack, packable
 from sharpcore.rules.norm import GroupNormSilu, LayerNorm, Softmax
 from sharpcore.rules.pointwise import Broadcast, Geglu, ScalarScale, Scale, Sum, SumOfScales
-from sharpcore.rules.shape import Cast, Concatenate, Expand, Permute, Pieces, Reshape, UpsampleNearest
+from sharpcore.rules.resampling import UpsampleNearest
+from sharpcore.rules.shape import Cast, Concatenate, Expand, Flip, Permute, Pieces, Reshape
 
 # What products are made in, and the dtype that tangents, weights and residuals are then rounded to. In "tf32"
 # the operands of matrix products and convolutions are rounded on their way into a GPU's matrix units.
@@ -32,6 +34,7 @@ _FIXED = (
     Linear,
     Reshape,
     Permute,
+    Flip,
     Expand,
     Pieces,
     Concatenate,
@@ -41,9 +44,8 @@ _FIXED = (
     Cast,
     UpsampleNearest,
 )
-# Maps whose arithmetic stays right when what they keep is rounded; the others take float32.
-_ROUND = (
-    *_FIXED,
+# Maps whose arithmetic stays right when what they keep of the point is rounded; the others take float32.
+_ROUND_RESIDUALS = (
     Attention,
     GroupNormSilu,
     LayerNorm,
@@ -53,6 +55,7 @@ _ROUND = (
     MatrixProduct,
     Softmax,
 )
+_ROUND = (*_FIXED, *_ROUND_RESIDUALS)
 # Statistics that kernels take in float32 beside tensors of 16 bits, and parameters too small to matter.
 _KEEP = {"mean", "rstd", "lse", "mask", "bias"}
 
@@ -84,6 +87,35 @@ class Float32(LinearMap):
         return self.inner.flops(k)
 
 
+class Rounded(LinearMap):
+    """A map that keeps residuals in bfloat16, and computes with them in float32 as if they were exact."""
+
+    def __init__(self, inner: LinearMap) -> None:
+        self.inner = inner
+        self.writes_jvp, self.writes_vjp = inner.writes_jvp, inner.writes_vjp
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], **where: Any) -> Sequence[Tensor]:
+        return with_tensors(self.inner, restored).jvp(kernels, tangents, **where)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None], **where: Any) -> Sequence[Tensor | None]:
+        return with_tensors(self.inner, restored).vjp(kernels, cotangents, **where)
+
+    def residuals(self) -> list[tuple[str, Tensor]]:
+        return self.inner.residuals()
+
+    @property
+    def kind(self) -> str:
+        return f"{self.inner.kind} from bfloat16"
+
+    def flops(self, k: int) -> int:
+        return self.inner.flops(k)
+
+
+def restored(tensor: Tensor) -> Tensor:
+    """A tensor that was stored in bfloat16, in float32 again; any other as it is."""
+    return tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+
+
 def _exchange(tensor: Tensor, old: torch.dtype, new: torch.dtype) -> Tensor:
     return tensor.to(new) if tensor.dtype == old else tensor
 
@@ -91,6 +123,32 @@ def _exchange(tensor: Tensor, old: torch.dtype, new: torch.dtype) -> Tensor:
 def is_fixed(instruction: LinearMap) -> bool:
     """Whether a map, of which no operand but the active ones changes, is the same at every point."""
     return isinstance(instruction, _FIXED)
+
+
+def roundable(instruction: LinearMap, constants: Container[int]) -> list[Tensor]:
+    """The residuals of a float32 map that may be stored in bfloat16 and take less memory then.
+
+    `constants` tells memory that stays whatever the map keeps. Statistics and parameters are left alone.
+    """
+    residuals = instruction.residuals() if isinstance(instruction, _ROUND_RESIDUALS) else []
+    if any(tensor.dtype == torch.bfloat16 for _, tensor in residuals):
+        return []
+    kept = _kept_names(instruction)
+    found = [tensor for name, tensor in residuals if name not in kept and tensor.dtype == torch.float32]
+    taken: Counter[int] = Counter()  # views of one piece of memory become copies of their own
+    for tensor in found:
+        taken[storage_of(tensor)[0]] += torch.bfloat16.itemsize * tensor.numel()
+    memory = [storage_of(tensor) for tensor in found]
+    return [
+        tensor
+        for tensor, (key, nbytes) in zip(found, memory, strict=True)
+        if key not in constants and taken[key] < nbytes
+    ]
+
+
+def _kept_names(instruction: LinearMap) -> set[str]:
+    """The residuals that are not rounded."""
+    return _KEEP | {"weight"} if isinstance(instruction, (GroupNormSilu, LayerNorm)) else _KEEP
 
 
 # Converted or packed weights by the weight and what was done to it. Linearizations that are given the same
@@ -208,11 +266,24 @@ class Lowering:
             return instruction
         self._round(instruction, low)
         if isinstance(instruction, Attention) and instruction.q.dtype == low:
-            # The statistics of the rounded scores: with those of the exact ones no row would sum to one.
+            # The statistics of the rounded scores, as in round_residuals.
             instruction.out, instruction.lse = self._kernels.attention_forward(
                 instruction.q, instruction.k, instruction.v, mask=instruction.mask, scale=instruction.scale
             )
         return instruction
+
+    def round_residuals(self, instruction: LinearMap, constants: Container[int]) -> LinearMap:
+        """The map with what is `roundable` in bfloat16."""
+        chosen = {id(tensor) for tensor in roundable(instruction, constants)}
+        if not chosen:
+            return instruction
+        low = with_tensors(instruction, lambda t: t.detach().bfloat16() if id(t) in chosen else t)
+        if isinstance(low, Attention):
+            # The statistics of the rounded scores: with those of the exact ones no row would sum to one.
+            q, k, v = map(restored, (low.q, low.k, low.v))
+            out, low.lse = self._kernels.attention_forward(q, k, v, mask=low.mask, scale=low.scale)
+            low.out = out.bfloat16()
+        return Rounded(low)
 
     def _turns(self, instruction: LinearMap) -> bool:
         turns = self.packs or self.channels_last
@@ -244,7 +315,7 @@ class Lowering:
         return self._copies[key][1]
 
     def _round(self, instruction: LinearMap, low: torch.dtype) -> None:
-        keep = _KEEP | {"weight"} if isinstance(instruction, (GroupNormSilu, LayerNorm)) else _KEEP
+        keep = _kept_names(instruction)
         for name, value in list(vars(instruction).items()):
             if name in keep:
                 continue

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -162,22 +162,6 @@ def _holds_per_sample(shape: Sequence[int], norm: GroupNormSilu | LayerNorm) -> 
     else:
         varying = set(range(len(x) - norm.axes, len(x))) | ({0} if norm.axes < len(x) else set())
     return len(shape) == len(x) and all(n == 1 or (i in varying and n == x[i]) for i, n in enumerate(shape))
-
-
-def replace_residuals(instruction: LinearMap, replacement: Callable[[Tensor], Tensor]) -> None:
-    """Exchange tensors that a linear map keeps, wherever it keeps them."""
-
-    def exchange(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return replacement(value)
-        if isinstance(value, LinearMap):
-            replace_residuals(value, replacement)
-        elif isinstance(value, (list, tuple)):
-            return type(value)(exchange(part) for part in value)
-        return value
-
-    for name, value in list(vars(instruction).items()):
-        setattr(instruction, name, exchange(value))
 
 
 def optimize(program: Program, maps: list[LinearMap | None]) -> list[LinearMap | None]:

@@ -3,8 +3,10 @@ allocates nothing but its result."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -62,6 +64,8 @@ class Log:
         self.entries: list[_Entry] = []
         self.places: dict[int, _Place] = {}
         self.usable = True  # False where a result lies in memory in a way that a plan cannot give it
+        self.seconds: dict[int, float] = {}  # that instructions took, by node
+        self._since = time.perf_counter()
         self.start = self.places[start] = self._own(vectors)
 
     def note(
@@ -76,6 +80,7 @@ class Log:
 
         An elementwise one may write its result over an operand that nothing reads afterwards.
         """
+        self.seconds[node] = time.perf_counter() - self._since
         position = len(self.entries)
         sources: dict[int, int] = {}
         read: list[_Place | None] = []
@@ -102,6 +107,7 @@ class Log:
                 written.append(None)
         if any(place is not None for place in written):
             self.entries.append(_Entry(node, tuple(read), tuple(written), elementwise))
+        self._since = time.perf_counter()
 
     def _own(self, tensor: Tensor) -> _Place:
         span, usable = _span(tensor)
@@ -135,7 +141,8 @@ class Instruction:
     """A node's map (or ADD) with the tensors it reads, and those it writes: None for a view, or for what
     nobody wants.
 
-    `calls` are what the map `of` did when it ran here, where that can be done again without the map.
+    `calls` are what the map `of` did when it ran here, where that can be done again without the map, or else
+    the map itself; empty as long as that is not known.
     """
 
     node: int
@@ -149,16 +156,20 @@ class Instruction:
         """Run the map itself the next time."""
         self.of, self.calls, self.touched = None, (), ()
 
-    def remember(self, instruction: LinearMap, made: Sequence[Launch]) -> None:
-        """Take over the launches of the map, if they touch its own memory and the workspace alone."""
+    def remember(self, made: Sequence[Launch], run: Callable[[], Any]) -> None:
+        """Take over the launches of the map, if they touch its own memory and the workspace alone; if not,
+        `run`, which runs the map here."""
+        assert self.of is not None
         own = {id(t) for t in (*self.inputs, *self.outputs)}
         known = {storage_of(t)[0] for t in (*self.inputs, *self.outputs) if t is not None}
-        known.update(storage_of(tensor)[0] for _, tensor in instruction.residuals())
+        known.update(storage_of(tensor)[0] for _, tensor in self.of.residuals())
         touched = [t for _, tensors in made for t in tensors if t is not None]
         if made and all(id(t) in own or storage_of(t)[0] in known for t in touched):
             self.calls = tuple(call for call, _ in made)
             # Tensors of their own: a parameter may be given other memory.
             self.touched = tuple(t.detach() for t in touched)
+        else:
+            self.calls = (run,)
 
 
 class Plan:
@@ -170,6 +181,8 @@ class Plan:
         Where the vectors go, and where the product is found.
     nbytes
         The size of the workspace.
+    calls
+        All that a product does, once every instruction has its calls; empty before that.
     """
 
     def __init__(self, log: Log, result: int) -> None:
@@ -198,15 +211,30 @@ class Plan:
         self.instructions = [
             Instruction(entry.node, optional(entry.inputs), optional(entry.outputs)) for entry in log.entries
         ]
+        for instruction in self.instructions:
+            if instruction.node == ADD:
+                instruction.calls = (partial(torch.add, *instruction.inputs, out=instruction.outputs[0]),)
         self.start, self.result = tensor(log.start), tensor(log.places[self._result])
         self.threads = torch.get_num_threads()
+        self.calls: tuple[Callable[[], Any], ...] = ()
 
     def prepare(self) -> None:
         """Forget remembered calls where the number of threads has changed, which they hold."""
         if self.threads != torch.get_num_threads():
             self.threads = torch.get_num_threads()
-            for instruction in self.instructions:
+            self.forget(())
+
+    def forget(self, stay: Container[int]) -> None:
+        """Run maps themselves the next time, but for those of the nodes that stay."""
+        self.calls = ()
+        for instruction in self.instructions:
+            if instruction.node != ADD and instruction.node not in stay:
                 instruction.forget()
+
+    def collect(self) -> None:
+        """Take over the calls of all instructions, if each has its own."""
+        if all(instruction.calls for instruction in self.instructions):
+            self.calls = tuple(call for instruction in self.instructions for call in instruction.calls)
 
 
 def _share_memory(log: Log) -> list[int]:

@@ -4,8 +4,9 @@ it."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +15,8 @@ from torch import Tensor
 from sharpcore.backends.launches import recording
 from sharpcore.explain import Cost, Timing, explain
 from sharpcore.memory import give_back_freed
-from sharpcore.plan import ADD, Instruction, Log, Plan
-from sharpcore.rules import Call, LinearMap, Rule, load_rules
+from sharpcore.plan import ADD, Log, Plan
+from sharpcore.rules import Call, LinearMap, Rule, load_rules, storage_of
 from sharpcore.rules.fallback import fallback
 from sharpcore.rules.norm import group_norm_silu
 from sharpcore.rules.pointwise import Sum, geglu
@@ -80,6 +81,15 @@ class Node:
                 if isinstance(part, Ref):
                     found.append(part.value)
         return found
+
+    def constants(self) -> set[int]:
+        """The memory of the tensors among the arguments."""
+        return {
+            storage_of(part)[0]
+            for arg in self.args
+            for part in (arg if isinstance(arg, list) else (arg,))
+            if isinstance(part, Tensor)
+        }
 
     def active_inputs(self) -> list[int]:
         """The values whose tangents the linear map takes, in its order."""
@@ -154,11 +164,12 @@ class Program:
     dead: list[tuple[int, ...]] = field(default_factory=list)  # per node: primal values not read any more
     costs: list[Cost] = field(default_factory=list)  # per step
     notes: list[str] = field(default_factory=list)  # what was chosen for the memory budget and the precision
-    timing: Timing | None = None  # of the last product in planned memory
+    timing: Timing | None = None  # of the last product that was timed
 
     def explain(self, k: int | None = None) -> str:
         """A table of the instructions: operation, module, output shape, bytes kept, FLOPs of k tangents, and
-        the times of the last product (if it had k)."""
+        the times of the last product that was timed (if it had k): the first ones at a point are, and those
+        of `Linearization.explain(k)`."""
         return explain(self, k)
 
     def replay(
@@ -190,10 +201,14 @@ class Program:
                 values.pop(value, None)
 
     def remake(
-        self, segment: Segment, checkpoints: Mapping[int, Tensor], kernels: Any, lowering: Lowering
+        self,
+        segment: Segment,
+        checkpoints: Mapping[int, Tensor],
+        kernels: Any,
+        lower: Callable[[int, LinearMap], LinearMap],
     ) -> dict[int, LinearMap]:
         """The maps of a segment that depend on the point, from the checkpoints, by running no more than that
-        takes."""
+        takes; `lower` makes of the map of a node what is kept."""
         rules = load_rules()
         values = dict(checkpoints)
         made: dict[int, LinearMap] = {}
@@ -211,7 +226,7 @@ class Program:
                     out = outs if node.op == "attention" or len(outs) > 1 else outs[0]
                 if node.remade:
                     call = Call(node.op, args, node.kwargs, out, node.active)
-                    made[index] = lowering.lower(build_map(node, call, rules))
+                    made[index] = lower(index, build_map(node, call, rules))
                 del args, out
             for value in self.dead[index]:
                 values.pop(value, None)
@@ -284,42 +299,47 @@ class Program:
         vectors: Tensor,
         *,
         transposed: bool,
-        synchronize: bool = False,
+        timed: bool = False,
     ) -> Tensor:
         """The product that the plan was made from, for other vectors and at another point; the result lies in
-        the plan's workspace. The times of instructions on a GPU need that each is waited for."""
-        wait = torch.cuda.synchronize if synchronize and vectors.is_cuda else None
-        seconds: dict[int, float] = {}
+        the plan's workspace.
+
+        Once all instructions have their calls those are all that runs, unless it is to be timed; on a GPU
+        that waits for each.
+        """
         plan.prepare()
         plan.start.copy_(vectors)
+        if plan.calls and not timed:
+            for call in plan.calls:
+                call()
+            return plan.result
+        seconds: dict[int, float] = {}
         start = time.perf_counter()
         for step in plan.instructions:
-            if step.node == ADD:
-                first, second = step.inputs
-                torch.add(first, second, out=step.outputs[0])  # type: ignore[arg-type]
-                continue
-            instruction = maps[step.node]
-            assert instruction is not None
-            if maps.makes(step.node):  # and drops it again: nothing to remember
-                _execute(step, instruction, kernels, transposed)
-            elif step.of is not instruction:  # at a new point
-                step.forget()
-                step.of = instruction
-                _execute(step, instruction, kernels, transposed)
-            elif step.calls:
+            instruction = None if step.node == ADD else maps[step.node]
+            if step.calls and step.of is instruction:
                 for call in step.calls:
                     call()
             else:
-                with recording() as made:
-                    _execute(step, instruction, kernels, transposed)
-                step.remember(instruction, made)
-            if wait is not None:
-                wait()
+                assert instruction is not None
+                run = partial(_execute, step.inputs, step.outputs, instruction, kernels, transposed)
+                if step.of is instruction:
+                    with recording() as made:
+                        run()
+                    step.remember(made, run)
+                else:  # at a new point
+                    step.forget()
+                    # One that is made and dropped again is nothing to remember.
+                    step.of = None if maps.makes(step.node) else instruction
+                    run()
+            if timed and vectors.is_cuda:
+                torch.cuda.synchronize()
             now = time.perf_counter()
             seconds[step.node] = now - start
             start = now
-        if synchronize or not vectors.is_cuda:
+        if timed or not vectors.is_cuda:
             self.timing = Timing(vectors.shape[0], transposed, seconds)
+        plan.collect()
         return plan.result
 
 
@@ -329,15 +349,21 @@ def _geglu_over(kernels: Any, projection: Tensor, approximate: str) -> tuple[Ten
     return kernels.geglu_forward(projection, approximate, out=(value, projection))
 
 
-def _execute(step: Instruction, instruction: LinearMap, kernels: Any, transposed: bool) -> None:
+def _execute(
+    inputs: Sequence[Tensor | None],
+    outputs: Sequence[Tensor | None],
+    instruction: LinearMap,
+    kernels: Any,
+    transposed: bool,
+) -> None:
     """Run a map at its places in the workspace."""
     if transposed and instruction.writes_vjp:
-        instruction.vjp(kernels, step.inputs, out=step.outputs)  # type: ignore[call-arg]
+        instruction.vjp(kernels, inputs, out=outputs)  # type: ignore[call-arg]
     elif not transposed and instruction.writes_jvp:
-        instruction.jvp(kernels, step.inputs, out=step.outputs[0])  # type: ignore[call-arg,arg-type]
+        instruction.jvp(kernels, inputs, out=outputs[0])  # type: ignore[call-arg,arg-type]
     else:
         product = instruction.vjp if transposed else instruction.jvp
-        for place, result in zip(step.outputs, product(kernels, step.inputs), strict=False):  # type: ignore[arg-type]
+        for place, result in zip(outputs, product(kernels, inputs), strict=False):  # type: ignore[arg-type]
             if place is not None:
                 place.copy_(result)  # type: ignore[arg-type]
 

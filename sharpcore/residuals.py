@@ -3,7 +3,7 @@ again."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, overload
 
@@ -11,36 +11,45 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from sharpcore.lowering import Lowering
+from sharpcore.lowering import Lowering, restored, roundable
 from sharpcore.memory import give_back_freed
 from sharpcore.program import Node, Program
 from sharpcore.rules import LinearMap, storage_of
 
 
-def residual_storages(node: Node, instruction: LinearMap) -> list[tuple[StorageWeakRef, int]]:
-    """The memory of what a map keeps, but for the constants of its node, with its size in bytes."""
+@dataclass(frozen=True)
+class Residual:
+    """A tensor that a map keeps: its memory, the bytes of all that memory, and what a copy in bfloat16 takes
+    instead; None where there is to be none."""
+
+    memory: StorageWeakRef
+    nbytes: int
+    rounded: int | None
+
+
+def residuals_of(node: Node, instruction: LinearMap) -> list[Residual]:
+    """What a map keeps beside the constants of its node."""
     if isinstance(instruction, Dropped):
-        return instruction.storages
-    constants = {
-        storage_of(part)[0]
-        for arg in node.args
-        for part in (arg if isinstance(arg, list) else (arg,))
-        if isinstance(part, Tensor)
-    }
-    found = []
-    for _, tensor in instruction.residuals():
-        key, size = storage_of(tensor)
-        if key not in constants and tensor.layout is torch.strided:
-            found.append((StorageWeakRef(tensor.untyped_storage()), size))
-    return found
+        return instruction.kept
+    constants = node.constants()
+    rounds = {id(tensor) for tensor in roundable(instruction, constants)}
+    return [
+        Residual(
+            StorageWeakRef(tensor.untyped_storage()),
+            storage_of(tensor)[1],
+            torch.bfloat16.itemsize * tensor.numel() if id(tensor) in rounds else None,
+        )
+        for _, tensor in instruction.residuals()
+        if tensor.layout is torch.strided and storage_of(tensor)[0] not in constants
+    ]
 
 
 class Dropped(LinearMap):
     """Stands for a map that was let go of in a trace, since it did not fit into memory."""
 
-    def __init__(self, instruction: LinearMap, storages: list[tuple[StorageWeakRef, int]]) -> None:
+    def __init__(self, instruction: LinearMap, kept: list[Residual]) -> None:
         self._kind = instruction.kind
-        self.storages = storages
+        self.kept = kept
         one = instruction.flops(1)
         self._flops = one, instruction.flops(2) - one
 
@@ -53,17 +62,25 @@ class Dropped(LinearMap):
 
 
 def kept_memory(
-    program: Program, maps: Sequence[LinearMap | None], lowering: Lowering
+    program: Program, maps: Sequence[LinearMap | None], lowering: Lowering, *, rounded: bool = False
 ) -> list[Mapping[Hashable, int]]:
     """The bytes that the map of each node will keep of the point, by what tells memory from another: a copy
-    that lowering makes is shared with no other map."""
+    that lowering makes is shared with no other map. `rounded`: with residuals in bfloat16, and only of maps
+    that have such."""
     result: list[Mapping[Hashable, int]] = []
     for index, (node, instruction) in enumerate(zip(program.nodes, maps, strict=True)):
         kept: dict[Hashable, int] = {}
         if instruction is not None and node.remade:
             copied = lowering.copies(instruction)
-            for part, (storage, size) in enumerate(residual_storages(node, instruction)):
-                kept[(index, part) if copied else storage.cdata] = lowering.rounded(size)
+            residuals = residuals_of(node, instruction)
+            for part, residual in enumerate(residuals):
+                if rounded and residual.rounded is not None:
+                    kept["rounded", index, part] = residual.rounded
+                else:
+                    key = (index, part) if copied else residual.memory.cdata
+                    kept[key] = lowering.rounded(residual.nbytes)
+            if rounded and all(residual.rounded is None for residual in residuals):
+                kept = {}
         result.append(kept)
     return result
 
@@ -82,8 +99,9 @@ class Segment:
 class Residuals(Sequence["LinearMap | None"]):
     """The maps of a linearization by node; those of a recomputed segment are made when one is asked for.
 
-    One segment at a time is held beside what is kept, until a node outside of it is asked for. Maps that do
-    not depend on the point are always kept.
+    One segment at a time is held beside what is kept, until a node outside of it is asked for, so that one
+    product at a time may ask. Maps that do not depend on the point are always kept. The maps of the nodes
+    `rounded`, and the values `low` that segments start from, are stored in bfloat16.
     """
 
     def __init__(
@@ -93,9 +111,12 @@ class Residuals(Sequence["LinearMap | None"]):
         program: Program,
         kernels: Any,
         lowering: Lowering,
+        rounded: Container[int] = (),
+        low: Container[int] = (),
     ) -> None:
         self._kept = list(maps)
         self.segments = tuple(segments)
+        self._rounded, self._low = rounded, low
         self.checkpoints: dict[int, Tensor] = {}
         self._program, self._kernels, self._lowering = program, kernels, lowering
         self._needed = {value for segment in segments for value in segment.needs}
@@ -112,6 +133,8 @@ class Residuals(Sequence["LinearMap | None"]):
     def __getitem__(self, node: slice) -> Sequence[LinearMap | None]: ...
 
     def __getitem__(self, node: int | slice) -> LinearMap | Sequence[LinearMap | None] | None:
+        if not self.segments:
+            return self._kept[node]
         if isinstance(node, slice):
             return [self[i] for i in range(*node.indices(len(self)))]
         kept = self._kept[node]
@@ -126,10 +149,21 @@ class Residuals(Sequence["LinearMap | None"]):
 
     def make(self, segment: Segment) -> dict[int, LinearMap]:
         """The maps of a segment, from the checkpoints."""
-        return self._program.remake(segment, self.checkpoints, self._kernels, self._lowering)
+        values = {value: self.checkpoints[value] for value in segment.needs}
+        values.update((value, restored(values[value])) for value in segment.needs if value in self._low)
+        lower = self._lowering.lower
+        return self._program.remake(
+            segment, values, self._kernels, lambda node, instruction: self._stored(node, lower(instruction))
+        )
+
+    def _stored(self, node: int, instruction: LinearMap) -> LinearMap:
+        """A lowered map as it is kept."""
+        if node not in self._rounded:
+            return instruction
+        return self._lowering.round_residuals(instruction, self._program.nodes[node].constants())
 
     def __setitem__(self, node: int, instruction: LinearMap | None) -> None:
-        self._kept[node] = instruction
+        self._kept[node] = None if instruction is None else self._stored(node, instruction)
 
     def kept(self) -> Iterator[LinearMap | None]:
         """The maps by node, None for one that is recomputed."""
@@ -150,7 +184,8 @@ class Residuals(Sequence["LinearMap | None"]):
     def offer(self, value: int, tensor: Tensor) -> None:
         """Keep a value of the primal pass if a recomputed segment starts from it."""
         if value in self._needed:
-            self.checkpoints[value] = tensor
+            rounds = value in self._low and tensor.dtype == torch.float32
+            self.checkpoints[value] = tensor.bfloat16() if rounds else tensor
 
     def release(self) -> None:
         """Drop the segment that was made last."""

@@ -17,11 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sharpcore import passes
 from sharpcore.aliases import Aliases, InPlaceWrites, Kind, leaves, replace_tensors
+from sharpcore.backends.reference.attention_tangent import additive_mask
 from sharpcore.errors import InvalidInput, SharpcoreError, UnsupportedOperation
 from sharpcore.lowering import is_fixed
 from sharpcore.memory import give_back_freed
 from sharpcore.program import GIVE_BACK_EVERY, Node, Program, Ref, build_map
-from sharpcore.residuals import Dropped, residual_storages
+from sharpcore.residuals import Dropped, residuals_of
 from sharpcore.rules import (
     SHAPE_ONLY,
     ZERO_DERIVATIVE,
@@ -32,7 +33,7 @@ from sharpcore.rules import (
     load_rules,
     storage_of,
 )
-from sharpcore.rules.attention import additive_mask
+from sharpcore.rules.attention import causal_mask
 from sharpcore.rules.shape import overlay
 
 # How many of the last maps are kept while a trace is over its memory budget.
@@ -267,10 +268,10 @@ class Tracer:
         """Count what a map keeps, and let go of older maps once all together pass the budget."""
         instruction = self.maps[index]
         assert instruction is not None
-        for storage, size in residual_storages(self.nodes[index], instruction):
-            if storage.cdata not in self._counted:
-                self._counted[storage.cdata] = storage
-                self._kept_bytes += size
+        for residual in residuals_of(self.nodes[index], instruction):
+            if residual.memory.cdata not in self._counted:
+                self._counted[residual.memory.cdata] = residual.memory
+                self._kept_bytes += residual.nbytes
         if index % GIVE_BACK_EVERY == 0:
             give_back_freed()
         if self._kept_bytes <= budget:
@@ -278,9 +279,9 @@ class Tracer:
         # Fusion still looks at the maps of the nodes just before.
         for older in range(self._dropped, max(self._dropped, index - _RECENT)):
             map_ = self.maps[older]
-            storages = [] if map_ is None or is_fixed(map_) else residual_storages(self.nodes[older], map_)
-            if map_ is not None and storages:
-                self.maps[older] = Dropped(map_, storages)
+            kept = [] if map_ is None or is_fixed(map_) else residuals_of(self.nodes[older], map_)
+            if map_ is not None and kept:
+                self.maps[older] = Dropped(map_, kept)
             self._dropped = older + 1
 
     def _evaluate_fused(self, node: Node, call: Call) -> Call:
@@ -348,13 +349,14 @@ class Tracer:
             value = value.repeat_interleave(query.shape[-3] // value.shape[-3], -3)
         scale = query.shape[-1] ** -0.5 if scale is None else scale
         if is_causal:
-            attn_mask = torch.ones(
-                query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device
-            ).tril()
+            key, value = key.flip(-2), value.flip(-2)
+            attn_mask = causal_mask(query.shape[-2], key.shape[-2], query.dtype, query.device)
         mask = None if attn_mask is None else additive_mask(attn_mask, query.dtype)
-        if mask is not None and self.aliases.value_of(mask) is not None:
-            # A mask that depends on the inputs: the ordinary operations have all its derivatives.
-            return torch.softmax(query @ key.mT * scale + mask, -1) @ value
+        if mask is not None:
+            number = self.aliases.value_of(mask)
+            if number is not None and self.kinds[number] is not Kind.PRIMAL:
+                # A mask that depends on x: the ordinary operations have all its derivatives.
+                return torch.softmax(query @ key.mT * scale + mask, -1) @ value
         batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
         query, key, value = (t.expand(*batch, *t.shape[-2:]) for t in (query, key, value))
         args = (query, key, value, mask, scale)

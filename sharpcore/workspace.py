@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.explain import Timing
 from sharpcore.graphs import Recordings, graph_maker
-from sharpcore.plan import ADD, Log, Plan
+from sharpcore.plan import Log, Plan
 from sharpcore.program import Program
 from sharpcore.residuals import Residuals
+from sharpcore.rules.linear import Convolution
 
 _MOVE = "move"
 
@@ -24,7 +26,8 @@ class Workspace:
 
     The first product with K vectors, in either direction, allocates as it goes and is watched; the next ones
     run in the places that were planned from it. Only one product at a time can: one that finds the workspace
-    in use by another thread allocates as it goes.
+    in use by another thread allocates as it goes, or waits, where residuals are made again: of those there is
+    memory for one product.
 
     On a GPU products are recorded as CUDA graphs instead, which share the memory of one pool, and so are
     moves to another point: those write residuals to where they were, so that the graphs of products stay.
@@ -85,10 +88,10 @@ class Workspace:
         """Let go of the maps of the point that is left."""
         if self._recordings is not None:
             self._recordings.forget(but=_MOVE)
+        fixed = {index for index, node in enumerate(program.nodes) if node.fixed}
         for plan in self._plans.values():
-            for instruction in plan.instructions if plan is not None else ():
-                if instruction.node != ADD and not program.nodes[instruction.node].fixed:
-                    instruction.forget()
+            if plan is not None:
+                plan.forget(fixed)
 
     def product(
         self,
@@ -99,15 +102,15 @@ class Workspace:
         result: Tensor,
         *,
         transposed: bool,
-        synchronize: bool = False,
+        timed: bool = False,
     ) -> None:
         """The (transposed) Jacobian times K vectors, written to `result`."""
-        if not self._lock.acquire(blocking=False):
+        if not self._lock.acquire(blocking=bool(maps.segments)):
             self._unplanned(program, maps, kernels, vectors, result, transposed, None)
             return
         try:
             with self._turn(vectors.device):
-                if self._recordings is not None and not maps.segments and not synchronize:
+                if self._recordings is not None and not maps.segments and not timed:
                     product = program.pull if transposed else program.push
                     made = self._recordings.run(
                         (vectors.shape[0], transposed), (vectors,), lambda v: product(maps, kernels, v)
@@ -119,9 +122,7 @@ class Workspace:
                     return
                 plan = self.plan(program, maps, kernels, vectors, result, transposed=transposed)
                 if plan is not None:
-                    made = program.run(
-                        plan, maps, kernels, vectors, transposed=transposed, synchronize=synchronize
-                    )
+                    made = program.run(plan, maps, kernels, vectors, transposed=transposed, timed=timed)
                     result.copy_(made)
         finally:
             self._lock.release()
@@ -148,10 +149,12 @@ class Workspace:
         assert end is not None
         log = None
         if key not in self._plans:
-            vectors = vectors.contiguous()
+            vectors = _laid_out(vectors, maps)
             log = Log(start, vectors)
         reached = self._unplanned(program, maps, kernels, vectors, result, transposed, log)
         if log is not None:
+            if not vectors.is_cuda:
+                program.timing = Timing(vectors.shape[0], transposed, log.seconds)
             plan = Plan(log, end) if reached and log.usable else None
             if plan is not None:
                 self._place(plan, vectors.device)
@@ -185,3 +188,11 @@ class Workspace:
                 if other is not None:
                     other.place(self._memory)
         plan.place(self._memory)
+
+
+def _laid_out(vectors: Tensor, maps: Residuals) -> Tensor:
+    """The vectors without gaps, with channels last where they are images and convolutions want that."""
+    if vectors.dim() == 5 and any(isinstance(m, Convolution) and m.is_packed for m in maps.kept()):
+        folded = vectors.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        return folded.unflatten(0, vectors.shape[:2])
+    return vectors.contiguous()

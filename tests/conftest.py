@@ -1,13 +1,31 @@
-"""Fixtures shared by the tests: the small pipelines."""
+"""Fixtures shared by the tests: poisoned memory, threads, the small pipelines."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import interpreted  # noqa: F401  # before anything imports triton
 import pytest
+import torch
+from kernel_checks import poisoned_memory
 from pipelines import Work, load_tiny_pipeline, make_sd2_pipeline, make_xl_pipeline
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """Uninitialized tensors hold NaN."""
+    with poisoned_memory():
+        yield
+
+
+@pytest.fixture
+def set_threads() -> Iterator[None]:
+    """The test may set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -77,6 +77,35 @@ def test_turns_follow_the_unit_and_slow_ones_take_fewer() -> None:
     assert slow.units[0] in unit.units
 
 
+def test_short_calls_fill_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    calls = {"unit": 0, "short": 0, "long": 0}
+    monkeypatch.setattr("measure.perf_counter", lambda: clock[0])
+
+    def candidate(name: str, seconds: float) -> Any:
+        def run() -> None:
+            clock[0] += seconds
+            calls[name] += 1
+
+        return run
+
+    table = Table("short", turns=3, turn_seconds=1.0)
+    table.add("unit", candidate("unit", 0.25))
+    table.add("short", candidate("short", 0.001), per=2)
+    table.add("long", candidate("long", 2.0))
+    table.measure()
+    assert [row.seconds for row in table.rows] == [
+        pytest.approx([0.25] * 9),
+        pytest.approx([0.001] * 3),
+        pytest.approx([2.0] * 3),
+    ]
+    assert table.ratio("short") == pytest.approx(0.002)
+    # One call for the error, one or more to see how many fill a turn, then turns: timed after untimed.
+    assert calls["long"] == 2 + 3
+    assert calls["short"] >= 2 * 3 * 1000
+    assert calls["unit"] >= 2 * 9 * 4
+
+
 def test_a_ratio_is_the_median_over_the_turns() -> None:
     row = Table("t", 1).add_row("x", per=2)
     row.seconds, row.units = [2.0, 8.0, 100.0], [1.0, 2.0, 1.0]
@@ -147,9 +176,10 @@ def test_scaling_and_overhead_have_a_row_a_point(problem: Problem) -> None:
     )
     table = Table("overhead", turns=1)
     overhead(table, problem, Problem("micro"))
-    product, one, share = table.rows
+    assert [row.status for row in table.rows] == [OK] * 4
+    product, executor, one, share = table.rows
     instructions = len(problem.linearization().program.steps)
-    assert (product.status, one.status, share.status) == (OK, OK, OK)
+    assert len(executor.seconds) == 1
     assert f"{instructions} instructions" in product.what
     assert table.ratio(share.what) == pytest.approx(instructions * table.ratio(one.what))
 

@@ -83,7 +83,6 @@ def test_kernels_of_the_backend_run(network: Any, monkeypatch: pytest.MonkeyPatc
         "group_norm_silu_forward",
         "group_norm_silu_tangent",
         "layer_norm_tangent",
-        "residual_add",
         "upsample_nearest_tangent",
     }
 

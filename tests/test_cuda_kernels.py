@@ -21,8 +21,6 @@ from kernel_checks import bits_equal, poisoned_memory
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.reference import lanczos_step as lanczos_reference
-from sharpcore.backends.reference import symmetric_eigen as eigen_reference
 from sharpcore.backends.reference.lanczos_step import NOT_FINITE, OUT_OF_RANGE, LanczosState
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.decomposition import Decomposition
@@ -242,7 +240,7 @@ def test_steps_equal_those_of_a_decomposition(dimension: int, block: int, dtype:
         products = operator.multiply(vectors)
         krylov.extend(products, operator, tolerance)
         made = []
-        for step, state in ((lanczos_step, ours), (lanczos_reference.lanczos_step, theirs)):
+        for step, state in ((lanczos_step, ours), (reference.lanczos_step, theirs)):
             out = torch.full(products.shape, float("nan"), dtype=dtype)
             with poisoned_memory():
                 made.append(
@@ -266,9 +264,9 @@ def test_products_that_are_not_finite_or_out_of_range_are_named() -> None:
     faulty = products.clone()
     faulty[1, 0, 5], faulty[0, 1], faulty[:, 2, 3] = float("nan"), faulty[0, 1] * 1e141, float("nan")
     common = {"share": 1e-12, "tolerance": 1e-10, "limit": krylov.limit}
-    for step in (lanczos_step, lanczos_reference.lanczos_step):
+    for step in (lanczos_step, reference.lanczos_step):
         state, expected = make_state(krylov), make_state(krylov)
-        lanczos_reference.lanczos_step(expected, products, out=torch.empty_like(products), **common)
+        reference.lanczos_step(expected, products, out=torch.empty_like(products), **common)
         out = torch.full_like(products, float("nan"))
         step(state, faulty, out=out, **common)
         # A frozen sample's products are not looked at.
@@ -305,7 +303,7 @@ def test_wrong_steps_are_refused() -> None:
         ("limit", (state, products), {"limit": 10}),
     ]
     for name, arguments, keywords in wrong:
-        for step in (lanczos_step, lanczos_reference.lanczos_step):
+        for step in (lanczos_step, reference.lanczos_step):
             with pytest.raises(InvalidInput, match=f"{name}: expected"):
                 step(*arguments, **{**good, **keywords})
 
@@ -316,7 +314,7 @@ def test_wrong_steps_are_refused() -> None:
 def check_pairs(matrices: Tensor, sizes: Tensor | None, unit: float = 1.0) -> None:
     with poisoned_memory():
         values, vectors = symmetric_eigen(matrices, sizes)
-    expected = eigen_reference.symmetric_eigen(matrices, sizes)
+    expected = reference.symmetric_eigen(matrices, sizes)
     rows = matrices.shape[1]
     lengths = [rows] * len(matrices) if sizes is None else sizes.tolist()
     for g, n in enumerate(lengths):
@@ -368,7 +366,7 @@ def test_blocks_of_a_matrix_are_not_mixed(eigen: str) -> None:
     rotation = torch.linalg.qr(normal(5, 5, seed=1)).Q
     matrices = torch.zeros(1, 10, 10, dtype=torch.float64)
     matrices[0, :5, :5], matrices[0, 5:, 5:] = block, rotation @ block @ rotation.mT
-    compute = symmetric_eigen if eigen == "kernel" else eigen_reference.symmetric_eigen
+    compute = symmetric_eigen if eigen == "kernel" else reference.symmetric_eigen
     vectors = compute(matrices).vectors[0]
     first, second = vectors[:5].any(0), vectors[5:].any(0)
     assert (first ^ second).all()
@@ -381,7 +379,7 @@ def test_matrices_that_are_not_finite_have_nan() -> None:
     matrices[1, 2, 4] = float("nan")
     # Below the diagonal nothing is read.
     matrices[2, 4, 2] = float("inf")
-    made, expected = symmetric_eigen(matrices), eigen_reference.symmetric_eigen(matrices)
+    made, expected = symmetric_eigen(matrices), reference.symmetric_eigen(matrices)
     assert made.values[1].isnan().all()
     assert expected.values[1].isnan().all()
     for part, other in zip(made, clean, strict=True):
@@ -403,7 +401,7 @@ def test_residuals_of_ritz_pairs() -> None:
     given = (krylov.projected, krylov.lost, krylov.processed, krylov.sizes, values, weights)
     with poisoned_memory():
         made = ritz_residuals(*given)
-    expected = eigen_reference.ritz_residuals(*given)
+    expected = reference.ritz_residuals(*given)
     for ours, theirs in zip(made, expected, strict=True):
         assert ((ours - theirs).abs() <= 1e-12).all()
     exact = ritz_residuals(krylov.projected, 0 * krylov.lost, *given[2:])
@@ -418,7 +416,7 @@ def test_residuals_of_ritz_pairs() -> None:
 
 def test_wrong_eigenproblems_are_refused() -> None:
     matrices = normal(2, 4, 4)
-    for compute in (symmetric_eigen, eigen_reference.symmetric_eigen):
+    for compute in (symmetric_eigen, reference.symmetric_eigen):
         for wrong in (matrices.float(), matrices[:, 1:], matrices[0]):
             with pytest.raises(InvalidInput, match="matrices: expected"):
                 compute(wrong)
@@ -427,7 +425,7 @@ def test_wrong_eigenproblems_are_refused() -> None:
     values = torch.zeros(2, 3, dtype=torch.float64)
     good = [matrices, matrices[0, :2], torch.tensor([1, 2]), torch.tensor([2, 3]), values, normal(2, 3, 3)]
     for place, name in enumerate(("projected", "lost", "processed", "sizes", "values", "weights")):
-        for compute in (ritz_residuals, eigen_reference.ritz_residuals):
+        for compute in (ritz_residuals, reference.ritz_residuals):
             wrong_one = list(good)
             wrong_one[place] = good[place][:1]
             with pytest.raises(InvalidInput, match="expected"):
@@ -455,7 +453,7 @@ def test_without_the_module_the_reference_is_called(monkeypatch: pytest.MonkeyPa
         reference.KERNELS["philox_probes"]("normal", 1, ids, 0, 2, 9, **options),
     )
     matrices = normal(1, 5, 5)
-    assert torch.equal(symmetric_eigen(matrices).values, eigen_reference.symmetric_eigen(matrices).values)
+    assert torch.equal(symmetric_eigen(matrices).values, reference.symmetric_eigen(matrices).values)
 
 
 def compiled_module() -> Path:

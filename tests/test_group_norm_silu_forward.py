@@ -10,8 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import available_isas, each_layout, needs_extension, poisoned_memory, to_channels_last
-from test_group_norm_silu_tangent import (
+from group_norm_cases import (
     SHAPES,
     Shape,
     each_by_sample,
@@ -19,6 +18,7 @@ from test_group_norm_silu_tangent import (
     identify,
     make_arguments,
 )
+from kernel_checks import available_isas, each_layout, needs_extension, poisoned_memory, to_channels_last
 from torch import Tensor
 
 from sharpcore.backends import cpu, reference

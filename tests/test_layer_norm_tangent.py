@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from types import ModuleType
 
 import pytest
 import torch
 import torch.nn.functional as F
-from kernel_checks import available_isas
+from kernel_checks import each_isa, embed, needs_extension, run_with_isa
 from oracles import oracle_jvp, oracle_vjp
 from torch import Tensor
 
@@ -20,8 +16,6 @@ from sharpcore import linearize
 from sharpcore.backends import cpu, reference
 from sharpcore.errors import InvalidInput
 from sharpcore.testing.tolerance import relative_error
-
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 
 KERNELS = ("layer_norm_tangent", "layer_norm_adjoint")
 COUNTS = (1, 2, 3, 8, 17)
@@ -52,6 +46,9 @@ SHAPES = (
     Shape((1, 1025), (8,)),
     Shape((2, 144), (59,)),
     Shape((1, 33), (111,)),
+    Shape((144,), (40,)),
+    Shape((33,), (80,)),
+    Shape((7, 11), (160,)),
 )
 WELL_CONDITIONED = tuple(shape for shape in SHAPES if shape.size > 2)
 
@@ -106,23 +103,6 @@ def size_of_terms(arguments: list[Tensor | None]) -> float:
     return gain * float(rstd.max()) * float(vectors.norm())
 
 
-@pytest.fixture
-def poisoned_memory() -> Iterator[None]:
-    """Makes PyTorch fill uninitialized tensors with NaN."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    assert torch.empty(3).isnan().all()
-    yield
-    torch.use_deterministic_algorithms(before)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @each_shape
 @each_weighted
 @each_by_sample
@@ -163,7 +143,7 @@ def test_adjoint_is_the_transpose(backend: ModuleType, shape: Shape, weighted: b
 @pytest.mark.parametrize("count", COUNTS)
 @each_shape
 @each_weighted
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned")
 def test_float64_equals_reference(kernel: str, count: int, shape: Shape, weighted: bool) -> None:
     arguments = make_arguments(shape, count, weighted=weighted, by_sample=count % 2 == 0)
     expected = reference.KERNELS[kernel](*arguments, len(shape.normalized))
@@ -179,7 +159,7 @@ def test_float64_equals_reference(kernel: str, count: int, shape: Shape, weighte
 @each_kernel
 @each_weighted
 @pytest.mark.parametrize("shape", WELL_CONDITIONED, ids=identify)
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned")
 def test_float32_error_is_at_most_twice_the_references(kernel: str, weighted: bool, shape: Shape) -> None:
     arguments = make_arguments(shape, 8, weighted=weighted, dtype=torch.float32)
     axes = len(shape.normalized)
@@ -196,7 +176,7 @@ def test_float32_error_is_at_most_twice_the_references(kernel: str, weighted: bo
 @each_weighted
 @each_by_sample
 @pytest.mark.parametrize("shape", SHAPES, ids=identify)
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned")
 def test_bfloat16_is_rounded_once(kernel: str, weighted: bool, by_sample: bool, shape: Shape) -> None:
     arguments = make_arguments(shape, 3, weighted=weighted, by_sample=by_sample, dtype=torch.bfloat16)
     vectors, x, mean, rstd, weight = arguments
@@ -309,23 +289,13 @@ def test_number_of_threads_changes_no_bit(kernel: str) -> None:
             assert torch.equal(results[0], results[2])
 
 
-def embed(tensor: Tensor, dim: int) -> Tensor:
-    """The same values as every second slice along `dim` of a tensor of NaN."""
-    size = list(tensor.shape)
-    size[dim] *= 2
-    view = torch.full(size, float("nan"), dtype=tensor.dtype)
-    index = tuple(slice(None, None, 2) if d == dim % tensor.ndim else slice(None) for d in range(tensor.ndim))
-    view[index] = tensor
-    return view[index]
-
-
 @needs_extension
 @each_kernel
 @pytest.mark.parametrize(
     "shape", [Shape((2, 70), (33,)), Shape((2, 5), (48,)), Shape((3, 1), (20,))], ids=identify
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.usefixtures("poisoned")
 def test_strides(kernel: str, shape: Shape, dtype: torch.dtype) -> None:
     """Views of every kind give, to the bit, what their contiguous copies give."""
     vectors, x, mean, rstd, weight = make_arguments(shape, 4, dtype=dtype)
@@ -401,9 +371,7 @@ def test_wrong_shapes_are_refused(kernel: str, position: int, wrong: tuple[int, 
 
 
 ISA = """
-import sys, torch
-from sharpcore.backends import cpu, reference
-assert cpu.extension().isa() == sys.argv[1]
+import torch
 generator = torch.Generator().manual_seed(0)
 for dtype, bound in ((torch.float32, 5e-7), (torch.float64, 1e-15), (torch.bfloat16, 3e-3)):
     for size in ((2, 65, 320), (1, 7, 33), (3, 5, 4)):
@@ -421,15 +389,10 @@ for dtype, bound in ((torch.float32, 5e-7), (torch.float64, 1e-15), (torch.bfloa
 
 
 @needs_extension
-@pytest.mark.parametrize("isa", available_isas())
+@each_isa
 def test_every_instruction_set(isa: str) -> None:
     """Worst measured on each: 5.7e-8 in float32, 1e-16 in float64, 1.7e-3 in bfloat16."""
-    subprocess.run(
-        [sys.executable, "-c", ISA, isa],
-        env={**os.environ, "SHARPCORE_CPU_ISA": isa, "OMP_NUM_THREADS": "2"},
-        check=True,
-        timeout=300,
-    )
+    run_with_isa(isa, ISA)
 
 
 def as_tokens(x: Tensor) -> Tensor:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import re
+import threading
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from small_unet import prediction, vectors
+from torch import Tensor
 
 from sharpcore import Linearization, linearize
 from sharpcore.errors import InvalidInput, OutOfMemory
 from sharpcore.residuals import Segment
 from sharpcore.rules import LinearMap
-from sharpcore.testing.tolerance import relative_error
+from sharpcore.testing.tolerance import assert_error_at_most, relative_error
 
 
 def taken(linearization: Linearization) -> int:
@@ -127,6 +131,30 @@ def test_products_do_not_hold_on_to_what_they_recompute() -> None:
     assert alive == last
 
 
+def test_several_threads_share_what_is_made_again() -> None:
+    """Of a recomputed segment there is one at a time, whichever product wants it."""
+    f, x = prediction()
+    tight = linearize(f, x, memory_budget=int(0.45 * taken(linearize(f, x))))
+    assert len(tight._residuals.segments) > 1
+    given = [vectors(number + 1, x) for number in range(2)]
+    expected = [(tight.jvp(g), tight.vjp(g)) for g in given]
+    made: list[bool] = []
+
+    def multiply(number: int) -> None:
+        for turn in range(6):
+            which = (number + turn) % len(given)
+            pushed, pulled = expected[which]
+            made.append(torch.equal(tight.jvp(given[which]), pushed))
+            made.append(torch.equal(tight.vjp(given[which]), pulled))
+
+    threads = [threading.Thread(target=multiply, args=(number,), daemon=True) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert made == [True] * 48
+
+
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_transposed_products_stay_within_the_budget(precision: str) -> None:
     f, x = prediction()
@@ -183,13 +211,131 @@ def test_the_choice_is_explained() -> None:
 
 def test_too_small_a_budget_says_what_would_do() -> None:
     f, x = prediction()
-    with pytest.raises(OutOfMemory, match=r"at least (\d+) bytes") as caught:
-        linearize(f, x, memory_budget=1000)
-    enough = re.search(r"at least (\d+) bytes", str(caught.value))
-    assert enough is not None
-    linearization = linearize(f, x, memory_budget=int(enough[1]))
-    assert taken(linearization) <= int(enough[1])
+    enough = needed(f, x)
+    linearization = linearize(f, x, memory_budget=enough)
+    assert taken(linearization) <= enough
     assert relative_error(linearization.jvp(vectors(1, x)), linearize(f, x).jvp(vectors(1, x))) < 1e-5
+
+
+def needed(f: Callable[[Tensor], Tensor], x: Tensor, **options: Any) -> int:
+    """The smallest budget."""
+    with pytest.raises(OutOfMemory, match=r"at least (\d+) bytes") as caught:
+        linearize(f, x, memory_budget=1000, **options)
+    found = re.search(r"at least (\d+) bytes", str(caught.value))
+    assert found is not None
+    return int(found[1])
+
+
+def plainly_rounded(f: Callable[[Tensor], Tensor], x: Tensor) -> Linearization:
+    """With everything that is kept of the point rounded to bfloat16 where it lies, but for statistics."""
+    linearization = linearize(f, x)
+    for node, instruction in zip(linearization.program.nodes, linearization._residuals, strict=True):
+        for name, tensor in instruction.residuals() if instruction is not None and node.remade else []:
+            constant = tensor.untyped_storage()._cdata in node.constants()
+            if not constant and name not in ("mean", "rstd", "lse", "weight", "bias"):
+                tensor.copy_(tensor.bfloat16())
+    return linearization
+
+
+def errors(linearization: Linearization) -> list[float]:
+    """Of both products against those in float64 at the same point."""
+    f, _ = prediction(torch.float64)
+    exact = linearize(f, linearization.x.double())
+    given = vectors(3, linearization.x)
+    return [
+        relative_error(linearization.jvp(given), exact.jvp(given.double())),
+        relative_error(linearization.vjp(given), exact.vjp(given.double())),
+    ]
+
+
+def stored(linearization: Linearization) -> tuple[int, int]:
+    """The numbers of instructions and of checkpoints that are in bfloat16, as explained."""
+    text = linearization.explain()
+    said = re.search(r"bfloat16.* the residuals of (\d+) instructions, and (\d+) checkpoints", text)
+    assert said is not None
+    residuals, checkpoints = int(said[1]), int(said[2])
+    assert len(re.findall(r"(?m)^\d+ .* from bfloat16 ", text)) == residuals
+    kept = linearization._residuals.checkpoints.values()
+    assert sum(tensor.dtype == torch.bfloat16 for tensor in kept) == checkpoints
+    return residuals, checkpoints
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5])
+def test_residuals_are_rounded_rather_than_made_again(share: float) -> None:
+    f, x = prediction()
+    budget = int(share * taken(linearize(f, x)))
+    exact = linearize(f, x, memory_budget=budget)
+    rounded = linearize(f, x, memory_budget=budget, round_residuals=True)
+    assert taken(rounded) <= budget
+    assert stored(rounded)[0] > 0
+    assert len(rounded._residuals.segments) < len(exact._residuals.segments)
+    for point in (x, 2 * x):
+        rounded.relinearize(point)
+        plain = errors(plainly_rounded(f, point))
+        for _ in range(3):
+            for error, usual in zip(errors(rounded), plain, strict=True):
+                assert_error_at_most(error, usual)
+
+
+def test_a_budget_that_only_rounded_residuals_fit() -> None:
+    f, x = prediction()
+    least = needed(f, x, round_residuals=True)
+    assert least < 0.9 * needed(f, x)
+    rounded = linearize(f, x, memory_budget=least, round_residuals=True)
+    kept = taken(rounded)
+    assert kept <= least
+    assert stored(rounded)[1] > 0
+    plain = errors(plainly_rounded(f, x))
+    for error, usual in zip(errors(rounded), plain, strict=True):
+        assert_error_at_most(error, usual)
+    for segment in rounded._residuals.segments:
+        made = rounded._residuals.make(segment)
+        seen = {t.untyped_storage()._cdata: t for m in made.values() for _, t in m.residuals()}
+        own = sum(
+            t.untyped_storage().nbytes() for t in seen.values() if not isinstance(t, torch.nn.Parameter)
+        )
+        assert kept + own <= least
+
+
+def test_nothing_is_rounded_without_need() -> None:
+    f, x = prediction()
+    full = linearize(f, x)
+    ample = linearize(f, x, memory_budget=2**30, round_residuals=True)
+    assert stored(ample) == (0, 0)
+    assert torch.equal(ample.jvp(vectors(2, x)), full.jvp(vectors(2, x)))
+
+
+def test_rounding_copies_no_constants() -> None:
+    """Factors that are weights stay the weights."""
+    weight, matrix = vectors(2, torch.zeros(64, 64))
+
+    def network(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.tanh((x * weight) @ matrix / 64)
+        return x
+
+    x = vectors(1, torch.zeros(64, 64))[0]
+    full = linearize(network, x)
+    saved = 4 * x.nbytes // 2
+    # One residual at a time is cast back.
+    rounded = linearize(network, x, memory_budget=taken(full) - saved + x.nbytes, round_residuals=True)
+    assert stored(rounded) == (4, 0)
+    assert rounded.residual_bytes == full.residual_bytes - saved
+    assert relative_error(rounded.jvp(vectors(1, x)), full.jvp(vectors(1, x))) < 1e-2
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"memory_budget": None},
+        {"memory_budget": 2**20, "precision": "bfloat16"},
+        {"memory_budget": 2**20, "dtype": torch.float64},
+    ],
+)
+def test_rounding_needs_a_budget_and_float32(options: dict[str, Any]) -> None:
+    f, x = prediction(options.pop("dtype", torch.float32))
+    with pytest.raises(InvalidInput, match="round_residuals"):
+        linearize(f, x, round_residuals=True, **options)
 
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, "8GiB", True])

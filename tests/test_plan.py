@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
 
 import pytest
 import torch
+from kernel_checks import NoAllocation, needs_extension
 from oracles import oracle_jvp, oracle_vjp
 from small_unet import prediction, vectors
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 from sharpcore import linearize
-from sharpcore.backends import cpu
 from sharpcore.errors import InvalidInput
+from sharpcore.rules.linear import Convolution
 from sharpcore.testing.tolerance import relative_error
-
-needs_extension = pytest.mark.skipif(cpu.extension() is None, reason="sharpcore._C is not built")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -172,6 +172,80 @@ def test_a_repeated_product_allocates_its_result_alone(k: int, precision: str) -
     assert allocated <= 6 * given.nbytes < k * 2 * 32 * 16 * 16 * 4
 
 
+@needs_extension
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_no_instruction_of_a_repeated_product_makes_a_tensor(transposed: bool, precision: str) -> None:
+    f, x = prediction()
+    linearization = linearize(f, x, precision=precision)
+    for _ in range(3):
+        (linearization.vjp if transposed else linearization.jvp)(vectors(2, x))
+    plan = linearization._workspace._plans[2, transposed]
+    assert plan is not None
+    expected = plan.result.clone()
+    strided = []
+    with torch.no_grad():
+        plan.start.copy_(vectors(2, x))
+        for step in plan.instructions:
+            if transposed and isinstance(step.of, Convolution) and set(step.of.geometry[0]) != {1}:
+                strided.append(step)
+            with contextlib.nullcontext() if step in strided else NoAllocation():
+                for call in step.calls:
+                    call()
+    assert len(strided) == transposed  # PyTorch's own transposed convolution gives a tensor of its own
+    assert torch.equal(plan.result, expected)
+
+
+def test_repeated_products_are_prepared_calls() -> None:
+    """Of both directions, until the point, the memory or the number of threads is another."""
+    f, x = prediction()
+    linearization = linearize(f, x)
+    plans = linearization._workspace._plans
+    for transposed, product in ((False, linearization.jvp), (True, linearization.vjp)):
+        expected = product(vectors(1, x))
+        for _ in range(3):
+            product(vectors(1, x))
+        plan = plans[1, transposed]
+        assert plan is not None
+        assert plan.calls
+        plan.calls = plan.calls[:-1]  # the last one writes the product
+        assert not torch.equal(product(vectors(1, x)), expected)
+        linearization.relinearize(x)
+        assert plan.calls == ()
+        for _ in range(4):
+            assert torch.equal(product(vectors(1, x)), expected)
+        assert plan.calls
+        product(vectors(20 if transposed else 10, x))  # moves all plans to a larger workspace
+        assert plan.calls == ()
+        for _ in range(3):
+            assert torch.equal(product(vectors(1, x)), expected)
+        assert plan.calls
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(before + 1)
+            plan.prepare()
+        finally:
+            torch.set_num_threads(before)
+        assert plan.calls == ()
+
+
+def test_first_products_are_timed_and_later_ones_on_demand() -> None:
+    f, x = prediction()
+    linearization = linearize(f, x)
+    assert " ms " not in linearization.program.explain()
+    for _ in range(4):
+        linearization.jvp(vectors(2, x))
+        assert "ms for K = 2, in the last product" in linearization.program.explain()
+    timing = linearization.program.timing
+    linearization.jvp(vectors(2, x))
+    assert linearization.program.timing is timing
+    linearization.explain(2)
+    assert linearization.program.timing is not timing
+    assert "ms for K = 2" in linearization.program.explain()
+    linearization.vjp(vectors(2, x))
+    assert "in the last transposed product" in linearization.program.explain()
+
+
 def test_the_workspace_holds_what_is_alive_together() -> None:
     layers = nn.Sequential(*(nn.Conv2d(8, 8, 3, padding=1) for _ in range(20)))
     x = vectors(1, torch.zeros(1, 8, 16, 16))[0]
@@ -220,6 +294,13 @@ def test_a_product_does_not_wait_for_another_one() -> None:
         lambda x: x,
         lambda x: x[:, 1:3],
         lambda x: torch.cat([x.sin(), x[:, :0]], 1),
+        lambda x: torch.cat([x.sin(), x[:, :1].cos(), x], 1) - x.sin()[:, :1],
+        lambda x: torch.cat([x[None, None], x.sin()[None, None]], 1).square().flatten(1),
+        lambda x: x * x.sin() - x.cos() * x.mean(),  # sums of scales, some broadcast
+        lambda x: (-x.exp()).T.reshape(9) * x.flatten(),  # a reshape that copies
+        lambda x: torch.cat(x.sin().unbind(0)[::-1]) * 3,
+        lambda x: x.exp()[::2] + x.exp()[1:],
+        lambda x: x.to(torch.complex128).real * 2 + (x * 1j).imag,
     ],
 )
 def test_views_and_sums(f: object) -> None:
@@ -230,6 +311,6 @@ def test_views_and_sums(f: object) -> None:
     expected = oracle_jvp(f, x, tangents)
     cotangents = vectors(4, expected[0])
     pulled = oracle_vjp(f, x, cotangents)
-    for _ in range(3):
+    for _ in range(5):
         assert relative_error(linearization.jvp(tangents), expected) < 1e-14
         assert relative_error(linearization.vjp(cotangents), pulled) < 1e-14

@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import networks
@@ -35,13 +35,6 @@ def layers(x: Tensor) -> Tensor:
     normed = F.layer_norm(tokens + mixed, (WIDTH,))
     left, gate = normed.chunk(2, dim=-1)
     return left * F.gelu(gate)
-
-
-@pytest.fixture
-def set_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def everything(f: Callable[[Tensor], Tensor], x: Tensor, x2: Tensor) -> list[Tensor]:

@@ -23,7 +23,7 @@ constexpr Index kFlushRows = 16 * kSumRows;
 
 template <bool silu, class T>
 inline Vec<T> activated(Vec<T> u) {
-    if constexpr (silu) return u * sigmoid<T>(u).value;
+    if constexpr (silu) return u * sigmoid_at<T>(kExponentRate<T> * u);
     return u;
 }
 

@@ -122,7 +122,7 @@ class Decomposition:
         self.deflated += (counts - growth.ranks).clamp_min(0)
         self.processed = torch.where(self.frozen, self.processed, self.sizes)
         self.sizes = self.sizes + growth.ranks
-        ended = (torch.linalg.matrix_norm(triangle) <= closing) & ~self.frozen
+        ended = (torch.linalg.matrix_norm(triangle) <= closing) & ~self.frozen & (counts > 0)
         self.breakdowns += ended
         if bool(ended.any()):
             # A coupling of rounding alone is no direction of the old sequence: the next one begins afresh.

@@ -4,6 +4,7 @@ go through."""
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +167,23 @@ def unbroadcast(cotangent: Tensor, shape: torch.Size) -> Tensor:
     return cotangent.sum(dim=axes, keepdim=True) if axes else cotangent
 
 
+def with_tensors(instruction: LinearMap, exchange: Callable[[Tensor], Tensor]) -> LinearMap:
+    """A copy of a linear map with other tensors, wherever it keeps them."""
+
+    def exchanged(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return exchange(value)
+        if isinstance(value, LinearMap):
+            return with_tensors(value, exchange)
+        if isinstance(value, (list, tuple)):
+            return type(value)(exchanged(part) for part in value)
+        return value
+
+    other = copy.copy(instruction)
+    vars(other).update({name: exchanged(value) for name, value in vars(instruction).items()})
+    return other
+
+
 def storage_of(tensor: Tensor) -> tuple[int, int]:
     """What tells a tensor's memory from another's, and its size in bytes."""
     if tensor.layout is torch.strided:
@@ -176,6 +194,6 @@ def storage_of(tensor: Tensor) -> tuple[int, int]:
 
 def load_rules() -> dict[Any, Rule]:
     """Import every family of rules once and return the registry."""
-    from sharpcore.rules import attention, linear, norm, pointwise, shape  # noqa: F401  (imported for their registrations)
+    from sharpcore.rules import attention, linear, norm, pointwise, resampling, shape  # noqa: F401  (imported for their registrations)
 
     return RULES

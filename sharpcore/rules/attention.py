@@ -60,8 +60,12 @@ def attention(call: Call) -> LinearMap | None:
     return Attention(call) if all(position in (0, 1, 2) for position in call.active) else None
 
 
-def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean attention mask (True: take part) as what is added to the scores."""
-    if mask.dtype != torch.bool:
-        return mask
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+def causal_mask(length: int, keys: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What is added to the scores [length, keys] of a query with the key j from the end: -inf where that lies
+    behind it.
+
+    Counted from the end, all entries of a diagonal are one number in memory.
+    """
+    hidden = torch.full((max(0, keys - 1),), float("-inf"), dtype=dtype, device=device)
+    diagonals = torch.cat([hidden, hidden.new_zeros(length)])
+    return diagonals.as_strided((length, keys), (1, 1))

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpcore.backends.launches import launch
+from sharpcore.backends.output import deliver
 from sharpcore.rules import Call, LinearMap, aten, rule
 from sharpcore.rules.pointwise import Broadcast
 
@@ -39,6 +40,11 @@ class Convolution(LinearMap):
         # Gives the copy of a weight that all linearizations of the network share; None: no second copy.
         self.copy: Callable[[Tensor, str, Callable[[], Tensor]], Tensor] | None = None
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether tangents go through oneDNN's packed convolution, with channels last."""
+        return self.packed is not None or self.packs is not None
+
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
         (tangent,) = tangents
         packed = self.packs() if self.packs is not None else self.packed
@@ -50,7 +56,7 @@ class Convolution(LinearMap):
         else:
             made = aten.convolution(folded, weight, None, *self.geometry)
         made = made.unflatten(0, (tangent.shape[0], -1))
-        return (_deliver(made, out),)
+        return (deliver(made, out),)
 
     def vjp(
         self,
@@ -73,12 +79,12 @@ class Convolution(LinearMap):
         if _is_for_cudnn(folded):
             weight = self.weight.to(folded.dtype)
             grad = _cudnn_convolution(folded, weight, self._transpose_geometry(), kernels.tf32)
-            return (_deliver(grad.unflatten(0, (k, -1)), out[0]),)
+            return (deliver(grad.unflatten(0, (k, -1)), out[0]),)
         # The backward operation reads only the shape of its input argument.
         like = folded.new_empty(()).expand(k * self.x_shape[0], *self.x_shape[1:])
         weight = self.weight.to(folded.dtype)
         grad = aten.convolution_backward(folded, like, weight, None, *self.geometry, [True, False, False])[0]
-        return (_deliver(grad.unflatten(0, (k, -1)), out[0]),)
+        return (deliver(grad.unflatten(0, (k, -1)), out[0]),)
 
     def _transpose_geometry(self) -> tuple[Any, ...]:
         """The geometry, as in `geometry`, of the (transposed) convolution that pulls cotangents back."""
@@ -113,10 +119,6 @@ class Convolution(LinearMap):
         transposed = self.geometry[3]
         positions = self.x_shape if transposed else self.out_shape
         return 2 * k * positions[0] * positions[2:].numel() * self.weight.numel()
-
-
-def _deliver(made: Tensor, out: Tensor | None) -> Tensor:
-    return made if out is None else out.copy_(made)
 
 
 def _is_for_cudnn(vectors: Tensor) -> bool:
@@ -230,7 +232,7 @@ def _rows_times(vectors: Tensor, matrix: Tensor, out: Tensor | None, tf32: bool)
         # A convolution of single pixels is a matrix product whose precision can be said.
         pixels, filters = rows[..., None, None], matrix.mT[..., None, None]
         made = aten.cudnn_convolution(pixels, filters, (0, 0), (1, 1), (1, 1), 1, False, True, True)
-        return _deliver(made.reshape(shape), out)
+        return deliver(made.reshape(shape), out)
     if out is None:
         return torch.mm(rows, matrix).view(shape)
     if not out.is_contiguous():

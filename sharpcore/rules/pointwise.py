@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore.backends.launches import launch
+from sharpcore.backends.output import deliver
 from sharpcore.backends.reference.geglu_tangent import geglu_forward
 from sharpcore.rules import Call, Identity, LinearMap, aten, lift, rule, unbroadcast
 
@@ -16,34 +18,57 @@ from sharpcore.rules import Call, Identity, LinearMap, aten, lift, rule, unbroad
 class Scale(LinearMap):
     """y' = d * x' with an elementwise residual d that broadcasts against the input."""
 
-    writes_jvp = True
+    writes_jvp = writes_vjp = True
 
     def __init__(self, factor: Tensor, shape: torch.Size) -> None:
         self.factor = factor
         self.shape = shape
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
-        return (torch.mul(lift(tangents[0], self.factor.dim()), self.factor, out=out),)
+        return (_times(lift(tangents[0], self.factor.dim()), self.factor, out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else unbroadcast(cotangent * self.factor.conj(), self.shape),)
+        if cotangent is None:
+            return (None,)
+        if cotangent.shape[1:] == self.shape:
+            return (_times(cotangent, self.factor.conj(), out[0]),)
+        return (deliver(unbroadcast(cotangent * self.factor.conj(), self.shape), out[0]),)
 
 
 class ScalarScale(LinearMap):
     """y' = c * x' with a number c."""
 
-    writes_jvp = True
+    writes_jvp = writes_vjp = True
 
     def __init__(self, factor: complex | float) -> None:
         self.factor = factor
 
     def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
-        return (torch.mul(tangents[0], self.factor, out=out),)
+        return (_times(tangents[0], self.factor, out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent * self.factor.conjugate(),)
+        return (None if cotangent is None else _times(cotangent, self.factor.conjugate(), out[0]),)
+
+
+def _times(vectors: Tensor, factor: Tensor | complex, out: Tensor | None) -> Tensor:
+    if out is None:
+        return torch.mul(vectors, factor)
+    launch(
+        torch.mul, (vectors, factor if isinstance(factor, Tensor) else None, out), vectors, factor, out=out
+    )
+    return out
 
 
 class Broadcast(LinearMap):
@@ -69,7 +94,7 @@ class Broadcast(LinearMap):
 class Sum(LinearMap):
     """y' = x1' + c * x2', each broadcast as its primal was."""
 
-    writes_jvp = True
+    writes_jvp = writes_vjp = True
 
     def __init__(self, shapes: tuple[torch.Size, torch.Size], ndim: int, factor: float) -> None:
         self.shapes = shapes
@@ -82,29 +107,49 @@ class Sum(LinearMap):
             return (kernels.residual_add(first, second, self.factor, out=out),)
         return (torch.add(first, second, alpha=self.factor, out=out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None, None),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
         if cotangent is None:
             return (None, None)
         first, second = (unbroadcast(cotangent, shape) for shape in self.shapes)
-        return (first, second if self.factor == 1 else second * self.factor.conjugate())
+        if self.factor != 1:
+            second = _times(second, self.factor.conjugate(), out[1])
+        return deliver(first, out[0]), deliver(second, out[1])
 
 
 class SumOfScales(LinearMap):
     """y' = sum_i d_i * x_i', the derivative of an elementwise operation with several active operands."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, scales: Sequence[Scale], ndim: int) -> None:
         self.scales = tuple(scales)
         self.ndim = ndim
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        total = lift(tangents[0], self.ndim) * self.scales[0].factor
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        total = _times(lift(tangents[0], self.ndim), self.scales[0].factor, out)
         for scale, tangent in zip(self.scales[1:], tangents[1:], strict=True):
-            total = torch.addcmul(total, lift(tangent, self.ndim), scale.factor)
+            further = lift(tangent, self.ndim)
+            tensors = total, further, scale.factor
+            launch(torch.addcmul, tensors, *tensors, out=total)
         return (total,)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        return tuple(scale.vjp(kernels, cotangents)[0] for scale in self.scales)
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
+        places = (None,) * len(self.scales) if out is None else out
+        return tuple(
+            scale.vjp(kernels, cotangents, (place,))[0]
+            for scale, place in zip(self.scales, places, strict=True)
+        )
 
     def residuals(self) -> list[tuple[str, Tensor]]:
         return [(f"scales[{i}].factor", scale.factor) for i, scale in enumerate(self.scales)]

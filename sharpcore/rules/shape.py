@@ -1,4 +1,4 @@
-"""Rules of operations that move, copy, pad or add up entries: linear, with no residual."""
+"""Rules of operations that move, copy or add up entries: linear, with no residual."""
 
 from __future__ import annotations
 
@@ -15,16 +15,31 @@ from sharpcore.rules import Call, Identity, LinearMap, aten, rule
 class Reshape(LinearMap):
     """The same entries under another shape."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, shape: torch.Size, out_shape: torch.Size) -> None:
         self.shape, self.out_shape = shape, out_shape
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        (tangent,) = tangents
-        return (tangent.reshape(tangent.shape[0], *self.out_shape),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (_reshape(tangents[0], self.out_shape, out),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent.reshape(cotangent.shape[0], *self.shape),)
+        return (None if cotangent is None else _reshape(cotangent, self.shape, out[0]),)
+
+
+def _reshape(vectors: Tensor, shape: torch.Size, out: Tensor | None) -> Tensor:
+    """[K, ...] as [K, *shape]; a place is given for a copy, which is contiguous."""
+    if out is None:
+        return vectors.reshape(vectors.shape[0], *shape)
+    target = out.view(vectors.shape)
+    launch(target.copy_, (target, vectors), vectors)
+    return out
 
 
 @rule(
@@ -54,15 +69,24 @@ def identity(call: Call) -> LinearMap:
 class Cast(LinearMap):
     """The same entries in another dtype."""
 
+    writes_jvp = writes_vjp = True
+
     def __init__(self, dtype: torch.dtype, out_dtype: torch.dtype) -> None:
         self.dtype, self.out_dtype = dtype, out_dtype
 
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (tangents[0].to(self.out_dtype),)
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
+        return (tangents[0].to(self.out_dtype) if out is None else out.copy_(tangents[0]),)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        return (None if cotangent is None else cotangent.to(self.dtype),)
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
+        (cotangent,), (place,) = cotangents, out
+        if cotangent is None or place is None:
+            return (None if cotangent is None else cotangent.to(self.dtype),)
+        return (place.copy_(cotangent),)
 
 
 @rule(aten._to_copy.default)
@@ -134,6 +158,26 @@ def transpose(call: Call) -> LinearMap:
     return Permute([i % x.dim() for i in order])
 
 
+class Flip(LinearMap):
+    """Entries in reverse order along axes; its own transpose."""
+
+    def __init__(self, axes: Sequence[int]) -> None:
+        self.axes = tuple(i + 1 for i in axes)
+
+    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        return (tangents[0].flip(self.axes),)
+
+    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        (cotangent,) = cotangents
+        return (None if cotangent is None else cotangent.flip(self.axes),)
+
+
+@rule(aten.flip.default)
+def flip(call: Call) -> LinearMap:
+    x, axes = call.args
+    return Flip([i % x.dim() for i in axes]) if x.dim() else Identity()
+
+
 class Expand(LinearMap):
     """Axes of length one, or new leading axes, repeated."""
 
@@ -168,6 +212,8 @@ class Pieces(LinearMap):
     """Slices of one tensor along one axis, each (start, stop, step), or with the axis dropped where step is
     0."""
 
+    writes_vjp = True
+
     def __init__(self, shape: torch.Size, dim: int, pieces: Sequence[tuple[int, int, int]]) -> None:
         self.shape = shape
         self.dim = dim + 1
@@ -183,17 +229,23 @@ class Pieces(LinearMap):
     def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return tuple(self._piece(tangents[0], *piece) for piece in self.pieces)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] = (None,),
+    ) -> Sequence[Tensor | None]:
         present = [c for c in cotangents if c is not None]
         if not present:
             return (None,)
         if len(present) == len(self.pieces) and len(present) > 1:
             # Several pieces of a split or an unbind: they tile the axis, in order.
-            joined = (
-                torch.stack(present, self.dim) if self.pieces[0][2] == 0 else torch.cat(present, self.dim)
-            )
-            return (joined,)
-        total = present[0].new_zeros(present[0].shape[0], *self.shape)
+            join = torch.stack if self.pieces[0][2] == 0 else torch.cat
+            return (join(present, self.dim, out=out[0]),)
+        total = out[0]
+        if total is None:
+            total = present[0].new_empty(present[0].shape[0], *self.shape)
+        total.zero_()
         for piece, cotangent in zip(self.pieces, cotangents, strict=True):
             if cotangent is not None:
                 self._piece(total, *piece).add_(cotangent)
@@ -240,7 +292,7 @@ def unbind(call: Call) -> LinearMap:
 class Concatenate(LinearMap):
     """Tensors joined along an axis, those without a tangent as zeros."""
 
-    writes_jvp = True
+    writes_jvp = writes_vjp = True
 
     def __init__(
         self, shapes: Sequence[torch.Size], active: Sequence[int], dim: int, dtype: torch.dtype
@@ -273,12 +325,30 @@ class Concatenate(LinearMap):
             return out
         return torch.cat(list(parts), self.dim, out=out)
 
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    def vjp(
+        self,
+        kernels: Any,
+        cotangents: Sequence[Tensor | None],
+        out: Sequence[Tensor | None] | None = None,
+    ) -> Sequence[Tensor | None]:
         (cotangent,) = cotangents
         if cotangent is None:
             return (None,) * len(self.active)
         pieces = cotangent.split([shape[self.dim - 1] for shape in self.shapes], self.dim)
-        return tuple(pieces[position] for position in self.active)
+        places = (None,) * len(self.active) if out is None else out
+        return tuple(
+            self._cut(pieces[position], place) for position, place in zip(self.active, places, strict=True)
+        )
+
+    def _cut(self, piece: Tensor, out: Tensor | None) -> Tensor:
+        if out is not None:
+            launch(out.copy_, (out, piece), piece)
+            return out
+        if piece.dim() == 5 and self.dim == 2:
+            # Convolutions want them without gaps, and each of several would make a copy of its own.
+            folded = piece.flatten(0, 1).contiguous(memory_format=torch.channels_last)
+            return folded.unflatten(0, piece.shape[:2])
+        return piece
 
 
 @rule(aten.cat.default)
@@ -353,109 +423,6 @@ def reduce(call: Call) -> LinearMap | None:
     axes = None if whole else call.optional(1, "dim", None)
     axes = range(x.dim()) if not axes else [i % max(1, x.dim()) for i in axes]
     return Reduce(call, list(axes) if x.dim() else [], mean=call.op in (aten.mean.default, aten.mean.dim))
-
-
-class Folded(LinearMap):
-    """A linear operation over trailing axes, run with K folded into the batch axis; its transpose is
-    PyTorch's own backward."""
-
-    def __init__(self, call: Call) -> None:
-        self.op, self.args, self.kwargs = call.op, call.args[1:], call.kwargs
-        self.shape = call.args[0].shape
-        self.dtype = call.args[0].dtype
-
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        (tangent,) = tangents
-        out = self.op(tangent.flatten(0, 1), *self.args, **self.kwargs)
-        return (out.unflatten(0, (tangent.shape[0], -1)),)
-
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        if cotangent is None:
-            return (None,)
-        k = cotangent.shape[0]
-        with torch.enable_grad():
-            point = cotangent.new_zeros(
-                (k * self.shape[0], *self.shape[1:]), dtype=self.dtype
-            ).requires_grad_()
-            out = self.op(point, *self.args, **self.kwargs)
-            (grad,) = torch.autograd.grad(out, point, cotangent.flatten(0, 1))
-        return (grad.unflatten(0, (k, -1)),)
-
-
-class UpsampleNearest(LinearMap):
-    """Every pixel repeated over a block of `factors` pixels."""
-
-    writes_jvp = writes_vjp = True
-
-    def __init__(self, factors: tuple[int, int]) -> None:
-        self.factors = factors
-
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor], out: Tensor | None = None) -> Sequence[Tensor]:
-        return (kernels.upsample_nearest_tangent(tangents[0], self.factors, out=out),)
-
-    def vjp(
-        self,
-        kernels: Any,
-        cotangents: Sequence[Tensor | None],
-        out: Sequence[Tensor | None] = (None,),
-    ) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        if cotangent is None:
-            return (None,)
-        return (kernels.upsample_nearest_adjoint(cotangent, self.factors, out=out[0]),)
-
-
-@rule(aten.upsample_nearest2d.default, aten.upsample_nearest2d.vec)
-def upsample_nearest(call: Call) -> LinearMap | None:
-    x = call.args[0]
-    if x.dim() != 4 or 0 in x.shape:
-        return folded(call)
-    (height, width), (out_height, out_width) = x.shape[2:], call.out.shape[2:]
-    factors = out_height // height, out_width // width
-    # A scale that the caller gives, like 2.3, or rounding in it, can pick other pixels than the sizes say:
-    # which ones, the operation itself tells on an image of its pixels' numbers.
-    numbers = torch.arange(height * width, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
-    numbers = numbers.view(1, 1, height, width)
-    blocks = numbers.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
-    picked = call.op(numbers, *call.args[1:], **call.kwargs)
-    return UpsampleNearest(factors) if torch.equal(picked, blocks) else folded(call)
-
-
-@rule(
-    aten.upsample_bilinear2d.default,
-    aten.upsample_bilinear2d.vec,
-    aten.upsample_bicubic2d.default,
-    aten.avg_pool2d.default,
-    aten._adaptive_avg_pool2d.default,
-    aten.reflection_pad2d.default,
-    aten.replication_pad2d.default,
-    aten.pixel_shuffle.default,
-    aten.pixel_unshuffle.default,
-)
-def folded(call: Call) -> LinearMap | None:
-    # Unbatched input ([C, H, W]) has no axis to fold K into.
-    return Folded(call) if call.args[0].dim() == 4 else None
-
-
-class Pad(LinearMap):
-    """Constant padding: zeros around the tangent."""
-
-    def __init__(self, pad: Sequence[int], shape: torch.Size) -> None:
-        self.pad = tuple(pad)
-        self.shape = shape
-
-    def jvp(self, kernels: Any, tangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return (aten.constant_pad_nd(tangents[0], self.pad, 0),)
-
-    def vjp(self, kernels: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        (cotangent,) = cotangents
-        return (None if cotangent is None else aten.constant_pad_nd(cotangent, [-p for p in self.pad], 0),)
-
-
-@rule(aten.constant_pad_nd.default)
-def pad(call: Call) -> LinearMap:
-    return Pad(call.args[1], call.args[0].shape)
 
 
 class Repeat(LinearMap):

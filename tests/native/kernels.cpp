@@ -31,6 +31,7 @@ namespace {
 
 using sharpcore::AttentionOperand;
 using sharpcore::Dtype;
+using sharpcore::MaskDtype;
 using Index = std::int64_t;
 
 constexpr Index kCounts[] = {1, 3};
@@ -395,7 +396,7 @@ public:
         p.mask.data = mask_ == nullptr ? nullptr : mask_->data();
         p.mask.row_stride = sizes_.keys;
         p.mask.key_stride = 1;
-        p.mask.dtype = Number<T>::dtype;
+        p.mask.dtype = static_cast<MaskDtype>(Number<T>::dtype);
         p.scale = 0.2;
         p.dtype = Number<T>::dtype;
         p.batch = kBatch;

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <cfenv>
 #include <climits>
 #include <cstdint>
 #include <cstring>
@@ -94,6 +95,27 @@ void check_workers_work() {
     CHECK(meeting.arrived == 4);
 }
 
+void check_environment() {
+    // Workers that began under another rounding mode round as their caller does.
+    for (int mode : {FE_UPWARD, FE_TONEAREST, FE_TOWARDZERO}) {
+        CHECK(std::fesetround(mode) == 0);
+        struct Meeting {
+            int mode;
+            std::atomic<int> arrived{0};
+        } meeting{mode};
+        parallel_for(
+            4, 4,
+            [](const void* job, std::int64_t, int) noexcept {
+                Meeting& shared = *static_cast<Meeting*>(const_cast<void*>(job));
+                CHECK(std::fegetround() == shared.mode);
+                ++shared.arrived;
+                while (shared.arrived < 4) std::this_thread::yield();
+            },
+            &meeting);
+    }
+    CHECK(std::fesetround(FE_TONEAREST) == 0);
+}
+
 void check_nested() {
     for (int threads : {1, 2, 5}) {
         Record record(9, threads, 2);
@@ -173,6 +195,7 @@ int main(int count, char**) {
     }
     check_sizes();
     check_workers_work();
+    check_environment();
     check_nested();
     check_callers(0);
     check_callers(1);

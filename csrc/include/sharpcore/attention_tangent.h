@@ -15,12 +15,15 @@ struct AttentionOperand {
     std::int64_t count_stride, batch_stride, head_stride, row_stride;
 };
 
+// How the entries of a mask are stored: as numbers (those of Dtype), or as bytes that are zero where a key is left out.
+enum class MaskDtype { float32, float64, bfloat16, boolean };
+
 // [batch, heads, rows, keys], added to the scores; null data: zeros. Strides of 0 where it is broadcast. Its type is
-// bfloat16, or what the log-sum-exp has.
+// boolean, bfloat16, or what the log-sum-exp has.
 struct AttentionMask {
     const void* data;
     std::int64_t batch_stride, head_stride, row_stride, key_stride;
-    Dtype dtype;
+    MaskDtype dtype;
 };
 
 // What the tangent and its transpose know of the primal pass: out = softmax(scale q k^T + mask) v.

@@ -305,7 +305,10 @@ void fill_mask(T* tile, const AttentionMask& mask, Index first, Index lane_strid
             for (Index lane = 0; lane < kTileRows<T>; ++lane)
                 tile[i * kTileRows<T> + lane] = lane < lanes ? read(first + lane * lane_stride + i * stride) : T(0);
     };
-    if (mask.dtype == Dtype::bfloat16)
+    constexpr T left_out = -static_cast<T>(__builtin_inf());
+    if (mask.dtype == MaskDtype::boolean)
+        fill([&](Index at) { return static_cast<const std::uint8_t*>(mask.data)[at] != 0 ? T(0) : left_out; });
+    else if (mask.dtype == MaskDtype::bfloat16)
         fill([&](Index at) { return static_cast<T>(to_float(static_cast<const bfloat16*>(mask.data)[at])); });
     else
         fill([&](Index at) { return static_cast<const T*>(mask.data)[at]; });

@@ -25,12 +25,14 @@ template <>
 struct VectorOf<float> {
     typedef float Type __attribute__((vector_size(kVectorBytes)));
     typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef std::int32_t SignedBits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <>
 struct VectorOf<double> {
     typedef double Type __attribute__((vector_size(kVectorBytes)));
     typedef std::uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+    typedef std::int64_t SignedBits __attribute__((vector_size(kVectorBytes)));
 };
 
 template <class T>

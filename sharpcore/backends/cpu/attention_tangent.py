@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sharpcore.backends import reference
-from sharpcore.backends.cpu.layout import computable, dtype_code
+from sharpcore.backends.cpu.layout import DTYPES, computable, dtype_code, statistics_dtype
 from sharpcore.backends.cpu.native import extension
 from sharpcore.backends.heads import (
     as_heads,
@@ -25,6 +25,9 @@ from sharpcore.backends.heads import (
 from sharpcore.backends.launches import launch
 from sharpcore.backends.output import check_out, deliver
 from sharpcore.backends.reference.attention_tangent import attention_targets
+
+# The kernels know a mask's dtype by its place here: `MaskDtype` in attention_tangent.h.
+_MASK_DTYPES = (*DTYPES, torch.bool)
 
 
 def attention_forward(
@@ -47,9 +50,9 @@ def attention_forward(
     shape = (*q.shape[:-1], *v.shape[-1:])
     check_operands(q, k, v)
     check_out(out and out[0], shape, q.dtype)
-    check_out(out and out[1], q.shape[:-1], _statistics_dtype(q.dtype))
+    check_out(out and out[1], q.shape[:-1], statistics_dtype(q.dtype))
     o = results(out and out[0], q, shape)
-    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=_statistics_dtype(q.dtype))
+    lse = out[1] if out else q.new_empty(q.shape[:-1], dtype=statistics_dtype(q.dtype))
     direct = is_viewable(lse.unsqueeze(-1), 0, adjacent=False)
     statistics = lse if direct else torch.empty_like(lse, memory_format=torch.contiguous_format)
     if lse.numel():
@@ -173,7 +176,7 @@ class _AttentionPrimal:
             "lse_strides": lse.stride()[:3],
             "mask": 0 if mask is None else mask.data_ptr(),
             "mask_strides": (0, 0, 0, 0) if mask is None else mask.stride(),
-            "mask_dtype": dtype_code(q.dtype if mask is None else mask.dtype),
+            "mask_dtype": _MASK_DTYPES.index(q.dtype if mask is None else mask.dtype),
             "scale": scale,
             "dtype": dtype_code(q.dtype),
             "sizes": (*q.shape[:3], k.shape[2], q.shape[3], v.shape[3]),
@@ -181,17 +184,17 @@ class _AttentionPrimal:
 
 
 def _computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor], mask: Tensor | None) -> bool:
-    """Whether the kernels take these; the mask may have the dtype of the tensors or of their statistics."""
+    """Whether the kernels take these; the mask may be boolean, or have the dtype of the tensors or of their
+    statistics."""
     if mask is not None:
-        if mask.dtype == tensors[0].dtype:
+        if mask.dtype == torch.bool:
+            if not mask.is_cpu:
+                return False
+        elif mask.dtype == tensors[0].dtype:
             tensors = [*tensors, mask]
         else:
             statistics = [*statistics, mask]
     return computable(tensors, statistics)
-
-
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype == torch.bfloat16 else dtype
 
 
 def _statistics(lse: Tensor, dtype: torch.dtype) -> Tensor:

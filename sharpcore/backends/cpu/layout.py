@@ -17,14 +17,15 @@ def computable(tensors: Sequence[Tensor], statistics: Sequence[Tensor] = ()) -> 
     if dtype not in DTYPES:
         return False
     recording = torch.is_grad_enabled()
-    for group, expected in ((tensors, dtype), (statistics, _statistics_dtype(dtype))):
+    for group, expected in ((tensors, dtype), (statistics, statistics_dtype(dtype))):
         for tensor in group:
             if tensor.dtype != expected or not tensor.is_cpu or (recording and tensor.requires_grad):
                 return False
     return True
 
 
-def _statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the statistics beside tensors of a dtype."""
     return torch.float32 if dtype == torch.bfloat16 else dtype
 
 

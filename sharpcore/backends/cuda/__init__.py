@@ -33,7 +33,7 @@ from sharpcore.backends.cuda.upsample_nearest_tangent import (
 
 __all__ = ["KERNELS", "dtypes", "interpreted", "why_missing"]
 
-_TRITON = (
+_TRITON: tuple[Callable[..., Any], ...] = (
     attention_forward,
     attention_tangent,
     attention_adjoint,
@@ -50,7 +50,7 @@ _TRITON = (
     upsample_nearest_adjoint,
 )
 # With the dtypes of what they are given, or make.
-_NATIVE = {
+_NATIVE: Mapping[Callable[..., Any], tuple[torch.dtype, ...]] = {
     grow_basis: (torch.float64, torch.float32),
     lanczos_step: (torch.float64, torch.float32),
     symmetric_eigen: (torch.float64,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,8 +22,11 @@ from sharpcore.backends.heads import (
     results,
 )
 from sharpcore.backends.output import check_out, deliver
-from sharpcore.backends.reference.attention_tangent import attention_targets
-from sharpcore.kernels import attention_tangent as kernels
+from sharpcore.backends.reference.attention_tangent import additive_mask, attention_targets
+from sharpcore.kernels import attention_tangent as launches
+
+# To a type checker an unpacked generator is any number of arguments.
+kernels: Any = launches
 
 # Offsets within a tile of rows are 32-bit numbers.
 _LARGEST_STEP = 1 << 24
@@ -44,6 +48,7 @@ def attention_forward(
     sums of three products of its high and low halves on tensor cores, about as exact as float32 itself; with
     `tf32` one product, of 11 bits.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     given = () if out is None else out
     if not _takes([q, k, v, *given[:1]], [*given[1:]], mask):
         return reference.KERNELS["attention_forward"](q, k, v, mask=mask, scale=scale, out=out)
@@ -86,6 +91,7 @@ def attention_tangent(
     `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
     attention_forward.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     tangents = (dq, dk, dv)
     lse = _statistics(lse, q.dtype)
     if not _takes([q, k, v, o, *present(*tangents, out)], [lse], mask):
@@ -128,6 +134,7 @@ def attention_adjoint(
     Each of `out` is written without a copy where the entries of its rows are adjacent. `tf32` as in
     attention_forward.
     """
+    mask = None if mask is None else additive_mask(mask, q.dtype)
     targets = attention_targets(needed, out)
     lse = _statistics(lse, q.dtype)
     if not _takes([q, k, v, o, cotangent, *present(*targets)], [lse], mask):

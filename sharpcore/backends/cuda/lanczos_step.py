@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from sharpcore.backends import reference
 from sharpcore.backends.cpu.layout import dtype_code
 from sharpcore.backends.cuda.native import launch, usable
-from sharpcore.backends.reference import lanczos_step as reference
 from sharpcore.backends.reference.lanczos_step import LanczosState, check_step
 
 
@@ -22,7 +22,8 @@ def lanczos_step(
     """As its namesake in sharpcore.backends.reference; a [d] of the products that has gaps is copied."""
     native = usable((state.basis, products, out))
     if native is None:
-        return reference.lanczos_step(state, products, share=share, tolerance=tolerance, limit=limit, out=out)
+        step = reference.KERNELS["lanczos_step"]
+        return step(state, products, share=share, tolerance=tolerance, limit=limit, out=out)
     check_step(state, products, limit, out)
     samples, rows, dimension = state.basis.shape
     if dimension > 1 and products.stride(2) != 1:

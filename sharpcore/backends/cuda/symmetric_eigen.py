@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sharpcore.backends import reference
 from sharpcore.backends.cuda.native import launch, usable, where
-from sharpcore.backends.reference import symmetric_eigen as reference
 from sharpcore.backends.reference.symmetric_eigen import Eigen, RitzResiduals, check_eigen, check_residuals
 
 
@@ -14,7 +14,7 @@ def symmetric_eigen(matrices: Tensor, sizes: Tensor | None = None) -> Eigen:
     """As its namesake in sharpcore.backends.reference, which matrices of more than 128 rows go to."""
     native = usable((matrices,))
     if native is None or matrices.shape[-1] > native.most_eigen_rows:
-        return reference.symmetric_eigen(matrices, sizes)
+        return reference.KERNELS["symmetric_eigen"](matrices, sizes)
     check_eigen(matrices, sizes)
     problems, rows, _ = matrices.shape
     matrices = matrices.contiguous()
@@ -40,7 +40,7 @@ def ritz_residuals(
     """As its namesake in sharpcore.backends.reference."""
     native = usable((projected, lost, values, weights))
     if native is None:
-        return reference.ritz_residuals(projected, lost, processed, sizes, values, weights)
+        return reference.KERNELS["ritz_residuals"](projected, lost, processed, sizes, values, weights)
     check_residuals(projected, lost, processed, sizes, values, weights)
     given = [tensor.contiguous() for tensor in (projected, lost, processed, sizes, values, weights)]
     names = ("projected", "lost", "processed", "sizes", "values", "weights")

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sharpcore.backends.output import deliver
+from sharpcore.errors import InvalidInput
 
 aten = torch.ops.aten
 
@@ -28,14 +29,14 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """softmax(scale q k^T + mask) v, and the log-sum-exp of each row.
 
-    q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S]
-    and is added to the scores. Returns o [..., L, Ev] and lse [..., L]; a row whose scores are all -inf
-    gives zeros and lse = -inf. 16-bit inputs are computed in float32, and their lse is float32. `out` takes
-    the two results, any strides; no memory of the arguments. Raises InvalidInput where one of `out` has
-    another shape or dtype.
+    q [..., L, E], k [..., S, E], v [..., S, Ev] with the same leading axes; mask broadcasts to [..., L, S]:
+    numbers that are added to the scores, or booleans (True: the key takes part). Returns o [..., L, Ev] and
+    lse [..., L]; a row whose scores are all -inf gives zeros and lse = -inf. 16-bit inputs are computed in
+    float32, and their lse is float32. `out` takes the two results, any strides; no memory of the arguments.
+    Raises InvalidInput where one of `out` has another shape or dtype, or the mask holds integers.
     """
     dtype = q.dtype
-    o, lse = _forward(_wide(q), _wide(k), _wide(v), None if mask is None else _wide(mask), scale)
+    o, lse = _forward(_wide(q), _wide(k), _wide(v), _wide_mask(mask, q.dtype), scale)
     o = o.to(dtype)
     return (o, lse) if out is None else (deliver(o, out[0]), deliver(lse, out[1]))
 
@@ -65,6 +66,23 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float)
 def _wide(x: Tensor) -> Tensor:
     """In float32 if it has 16 bits."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def additive_mask(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean attention mask (True: the key takes part) as what is added to the scores, 0 or -inf.
+
+    Raises InvalidInput where the mask holds neither booleans nor floating-point numbers.
+    """
+    if mask.dtype.is_floating_point:
+        return mask
+    if mask.dtype != torch.bool:
+        raise InvalidInput(f"mask: expected booleans or floating-point numbers, got {mask.dtype}")
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf"))
+
+
+def _wide_mask(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """What is added to the scores of tensors of `dtype`, with the two axes of the scores at least."""
+    return None if mask is None else torch.atleast_2d(_wide(additive_mask(mask, dtype)))
 
 
 def _flash_fits(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
@@ -125,8 +143,8 @@ def _flat(x: Tensor, leading: int) -> Tensor:
 def _flat_mask(mask: Tensor | None, batch: torch.Size, length: int, keys: int) -> Tensor | None:
     if mask is None:
         return None
-    if mask.dim() <= 2 or mask.shape[:-2].numel() == 1:
-        return mask.reshape(1, *((1,) * (2 - mask.dim())), *mask.shape[-2:])
+    if mask.shape[:-2].numel() == 1:
+        return mask.reshape(1, *mask.shape[-2:])
     return mask.expand(*batch, *mask.shape[-2:]).reshape(batch.numel(), *mask.shape[-2:])
 
 
@@ -160,7 +178,7 @@ def attention_tangent(
     q, k, v, o = (_flat(_wide(t), 0) for t in (q, k, v, o))
     g = q.shape[0]
     lse = _wide(lse).reshape(g, length)
-    mask = None if mask is None else _flat_mask(_wide(mask), batch, length, keys)
+    mask = _flat_mask(_wide_mask(mask, dtype), batch, length, keys)
     # Tangents as [g, K, rows, width]: the primal tile of a (batch, head) is shared by its K tangents.
     dq, dk, dv = (None if t is None else _flat(_wide(t), 1).transpose(0, 1) for t in (dq, dk, dv))
     result = q.new_empty(g, count, length, width)
@@ -250,7 +268,7 @@ def attention_adjoint(
     q, k, v, o = (_flat(_wide(t), 0) for t in (q, k, v, o))
     g, width = q.shape[0], v.shape[-1]
     lse = _wide(lse).reshape(g, length)
-    mask = None if mask is None else _flat_mask(_wide(mask), batch, length, keys)
+    mask = _flat_mask(_wide_mask(mask, dtype), batch, length, keys)
     cot = _flat(_wide(cotangent), 1).transpose(0, 1)
     along = (cot * o.unsqueeze(1)).sum(-1, keepdim=True)
     need_q, need_k, need_v = needed
