@@ -60,9 +60,19 @@ class How:
 def checks(dry: bool) -> list[Step]:
     """Imported late, as the interpreter must be switched on before Triton is."""
     import gpu_checks as made
+    import gpu_measurements as measured
 
+    compiling = [
+        Step(f"compiling for Stable Diffusion {name}", work, 170)
+        for name, work in (
+            ("1.4", measured.compile_sd14),
+            ("2.1", measured.compile_sd21),
+            ("XL", measured.compile_sdxl),
+        )
+    ]
     precisions = [p for p in made.PRECISIONS if not (dry and p == "tf32")]
     return [
+        *([] if dry else compiling),
         *(Step(f"attention in {p}", partial(made.attention, precision=p), 100) for p in made.PRECISIONS),
         *(Step(f"norms and pointwise kernels in {p}", partial(made.pointwise, precision=p), 60)
           for p in made.PRECISIONS if p != "tf32"),

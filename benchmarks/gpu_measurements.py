@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import importlib
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import baselines
 import configs
@@ -95,6 +97,45 @@ def sdxl(state: Acceptance) -> None:
     """The UNet of Stable Diffusion XL at 128x128."""
     pair = configs.small_sdxl() if state.small else configs.sdxl(128, device=state.device)
     _network(state, pair, "Stable Diffusion XL", rivals=False)
+
+
+def compile_sd14(state: Acceptance) -> None:
+    """Compile all that `sd14` and the scoring tune."""
+    _compile(state, configs.sd14(device=state.device))
+
+
+def compile_sd21(state: Acceptance) -> None:
+    """Compile all that `sd21` and the scoring tune."""
+    _compile(state, configs.sd21(device=state.device))
+
+
+def compile_sdxl(state: Acceptance) -> None:
+    """Compile all that `sdxl` tunes."""
+    _compile(state, configs.sdxl(128, device=state.device))
+
+
+def _compile(state: Acceptance, pair: configs.Pair) -> None:
+    """Every configuration of the kernels of a network into Triton's cache, without measuring any.
+
+    Beside other work, as measurements cannot be: most of a first run's time is the compiler's.
+    """
+    tuning = importlib.import_module("sharpcore.kernels.tuning")
+    done: set[Any] = set()
+
+    def first(kernel: Any, grid: Any, arguments: Any, configurations: Any, key: Any) -> Any:
+        place = (kernel.fn.__name__, len(configurations), *(arguments[name] for name in key))
+        if place not in done:
+            done.add(place)
+            tuning.compile_all(kernel, grid, arguments, configurations)
+        return configurations[0]
+
+    low = on(pair, state.device, torch.bfloat16)
+    with mock.patch.object(tuning, "_fastest", first):
+        lin = sharpcore.linearize(low.f, low.x, backend=state.backend)
+        for count in (1, 8):
+            lin.jvp(torch.randn((count, *low.x.shape)).to(low.x))
+        lin.vjp(torch.randn((1, *low.x.shape)).to(low.x))
+    print(f"compiled for {len(done)} shapes of kernels", flush=True)
 
 
 def _network(state: Acceptance, pair: configs.Pair, name: str, *, rivals: bool) -> None:
