@@ -12,9 +12,10 @@ from typing import Any
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
 import torch
+import triton
 from triton.runtime import _async_compile
 
 from sharpcore.kernels import tuning
