@@ -7,7 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from sharpcore import Hessian, linearize
 from sharpcore.backends import Backend, reference
 from sharpcore.errors import InvalidInput, NonFiniteError
-from sharpcore.krylov import arnoldi, block_lanczos, decomposition
+from sharpcore.krylov import arnoldi, block_lanczos, decomposition, device_steps
 from sharpcore.krylov.decomposition import Ritz
+from sharpcore.krylov.device_steps import DeviceSteps
 from sharpcore.krylov.operator import BatchedOperator
 from sharpcore.krylov.run import Progress
 from sharpcore.krylov.solution import Result
@@ -116,6 +117,50 @@ def test_the_cuda_sources_run_in_threads(looks: Counter[str], max_basis: int | N
     # One eigenproblem for all samples at each look (and restart), none of them on the CPU.
     assert looks["symmetric_eigen"] == looks["ritz_residuals"] >= len(seen)
     assert looks["eigh"] == 0
+
+
+class Played:
+    """As a CUDA graph: what is recorded does not run, and runs again at every launch."""
+
+    launches: ClassVar[list[int]] = []
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        state = DeviceSteps.last._state  # type: ignore[attr-defined]
+        kept = [tensor.clone() for tensor in state]
+        self.work, self.out = work, work()
+        for tensor, before in zip(state, kept, strict=True):
+            tensor.copy_(before)
+        self.out.fill_(float("nan"))
+        return self.out
+
+    def launch(self) -> None:
+        self.launches.append(len(self.out))
+        self.out.copy_(self.work())
+
+
+@pytest.mark.parametrize("block", [1, 3])
+def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """The first step of each width runs as it is; the numbers are those of steps that are not recorded."""
+    play(monkeypatch, {})
+    a = torch.stack([symmetric(torch.linspace(-3, 1, 60)), symmetric(torch.arange(5.0).repeat(12))])
+    expected = block_lanczos(a, 2, "both", block=block, max_basis=24)
+    made, init = [], DeviceSteps.__init__
+
+    def noted(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
+        made.append(self)
+        monkeypatch.setattr(DeviceSteps, "last", self, raising=False)
+
+    monkeypatch.setattr(DeviceSteps, "__init__", noted)
+    monkeypatch.setattr(device_steps, "graph_maker", lambda device: Played)
+    monkeypatch.setattr(Played, "launches", [])
+    recorded = block_lanczos(a, 2, "both", block=block, max_basis=24)
+    assert torch.equal(recorded.values, expected.values)
+    assert torch.equal(recorded.residuals, expected.residuals)
+    assert not made[0].refused
+    # Every call of the operator but the first of each width (a random vector joins the block at the end).
+    assert set(Played.launches) == {block, block + 1}
+    assert len(Played.launches) >= recorded.stats.steps - 2 - int(recorded.stats.breakdowns.sum())
 
 
 def test_looks_of_the_device_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.backends.reference.grow_basis import Growth
-from sharpcore.backends.reference.lanczos_step import NOT_FINITE, LanczosState
+from sharpcore.backends.reference.lanczos_step import NOT_FINITE
 from sharpcore.errors import InvalidInput, NonFiniteError
+from sharpcore.krylov.device_steps import COUNTERS, DeviceSteps
 from sharpcore.krylov.operator import BatchedOperator, closing_share
-from sharpcore.linearization import unchecked
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,9 @@ class Decomposition:
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
         self._grow = self.kernels.grow_basis
+        self.steps = (
+            DeviceSteps(self.basis, self.projected, self.lost, self.kernels) if self.goes_ahead else None
+        )
 
     def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
         """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
@@ -155,38 +158,23 @@ class Decomposition:
         There must be room for what that adds. A sequence that closes meanwhile waits for the end. Raises as
         the products and `observe` do, once all steps are done.
         """
-        device = self.basis.device
-        counters = torch.stack([getattr(self, name) for name in _STEPPED]).to(device)
-        state = LanczosState(
-            basis=self.basis,
-            # What was there before stays, should a product raise.
-            projected=self.projected.clone(),
-            lost=self.lost.clone(),
-            norm=self.norm.to(device, copy=True),
-            frozen=self.frozen.to(device),
-            faults=torch.zeros(len(self.sizes), dtype=torch.int64, device=device),
-            **dict(zip(_STEPPED, counters, strict=True)),
+        assert self.steps is not None
+        found = self.steps.take(
+            operator,
+            self.active().to(operator.dtype).contiguous(),
+            {name: getattr(self, name) for name in (*COUNTERS, "norm")},
+            self.frozen,
+            tolerance=tolerance,
+            limit=self.limit,
+            steps=steps,
         )
-        block = self.active().to(operator.dtype).contiguous()
-        with unchecked():
-            for _ in range(steps):
-                block = self.kernels.lanczos_step(
-                    state,
-                    operator.multiply(block),
-                    share=closing_share(operator.rounding),
-                    tolerance=tolerance,
-                    limit=self.limit,
-                    out=torch.empty_like(block),
-                )
-        # All that is decided by comes in one copy.
-        faults, norm, *counters = torch.stack([state.faults, state.norm.view(torch.int64), *counters]).cpu()
+        faults = found.pop("faults")
         if bool((faults == NOT_FINITE).any()):
             sample = int((faults == NOT_FINITE).nonzero()[0])
             raise NonFiniteError(f"{operator.name}: NaN or infinity in a product of sample {sample}")
         if bool(faults.any()):
             raise InvalidInput(_OUT_OF_RANGE)
-        self.projected, self.lost, self.norm = state.projected, state.lost, norm.view(torch.float64)
-        for name, counter in zip(_STEPPED, counters, strict=True):
+        for name, counter in found.items():
             setattr(self, name, counter)
 
     def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
@@ -298,8 +286,6 @@ _OUT_OF_RANGE = (
     "operator: expected one whose products have entries between 1e-140 and 1e140, as their squares must be "
     "float64 numbers: scale it"
 )
-# The counters that a step changes.
-_STEPPED = ("sizes", "processed", "multiplied", "deflated", "breakdowns")
 _COUNTERS = (
     "processed",
     "sizes",
