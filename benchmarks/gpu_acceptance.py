@@ -29,7 +29,8 @@ from typing import Any
 
 from gpu_report import FAILED, ROOT, SKIPPED, Acceptance, Finding, Report
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FOLDERS = (ROOT, ROOT / "tests", ROOT / "benchmarks")
+sys.path[:0] = map(str, FOLDERS[:2])
 LIMIT = 480  # seconds that the whole may take
 DRY_LIMIT = 3600
 JOBS = 8  # checks beside each other at most
@@ -206,8 +207,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, help="folder of the CSV (benchmarks/results)")
     asked = parser.parse_args(arguments)
     dry, small = asked.dry_run, asked.small or asked.dry_run
+    # Processes of steps start with what they find there.
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])
     if dry:
-        os.environ["SHARPCORE_AUTOTUNE"] = "0"
+        os.environ.update(SHARPCORE_AUTOTUNE="0", CUDA_VISIBLE_DEVICES="")
         import interpreted  # noqa: F401  # switches Triton's interpreter on
     import torch
 
