@@ -103,12 +103,12 @@ class Pair:
         return Pair(unet, moved.x, moved.timestep, moved.prompt, moved.added)
 
 
-def micro() -> Pair:
+def micro(size: int = 8) -> Pair:
     """A convolution, a normalization and attention: what the harness itself is tested with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = Micro().eval()
-    return Pair(unet, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(42)))
+    return Pair(unet, torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(42)))
 
 
 class Micro(nn.Module):

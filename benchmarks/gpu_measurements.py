@@ -39,11 +39,11 @@ PUBLISHED = {
 
 
 def waiting(state: Acceptance, work: Callable[[], Any], repeat: int = 1) -> Callable[[], Any]:
-    """The work `repeat` times, done when it returns."""
+    """The work `repeat` times (see `times`), done when it returns."""
 
     def run() -> Any:
         result = None
-        for _ in range(repeat):
+        for _ in range(times(state, repeat)):
             result = work()
         if state.device == "cuda":
             torch.cuda.synchronize()
@@ -55,7 +55,7 @@ def waiting(state: Acceptance, work: Callable[[], Any], repeat: int = 1) -> Call
 def seconds(state: Acceptance, work: Callable[[], Any], repeat: int = 10) -> float:
     """The median time of one of `repeat` calls in a row."""
     table = Table("", turns(state))
-    row = table.add("", waiting(state, work, repeat), per=repeat)
+    row = table.add("", waiting(state, work, repeat), per=times(state, repeat))
     table.measure()
     return row.record()["median_s"]
 
@@ -63,6 +63,11 @@ def seconds(state: Acceptance, work: Callable[[], Any], repeat: int = 10) -> flo
 def turns(state: Acceptance) -> int:
     """How often each candidate runs."""
     return 1 if state.small else TURNS
+
+
+def times(state: Acceptance, repeat: int) -> int:
+    """How often short work is repeated in a turn."""
+    return 1 if state.small else repeat
 
 
 def rates(state: Acceptance) -> None:
@@ -325,14 +330,15 @@ def _attention(state: Acceptance, ours: Any, dtype: torch.dtype) -> None:
     settings = {"mask": None, "scale": width**-0.5}
     o, lse = ours.attention_forward(q, k, v, **settings)
     with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]):
-        table.unit("fused forward", waiting(state, lambda: F.scaled_dot_product_attention(q, k, v), 5), per=5)
-        for count in (1, 8):
+        fused = waiting(state, lambda: F.scaled_dot_product_attention(q, k, v), 5)
+        table.unit("fused forward", fused, per=times(state, 5))
+        for count in (1, 2 if state.small else 8):
             dq, dk, dv = (torch.randn(count, *q.shape, device=state.device, dtype=dtype) for _ in range(3))
             work = functools.partial(ours.attention_tangent, q, k, v, o, lse, dq, dk, dv, **settings)
             # Two products of the scores, four for each tangent.
             flop = 2 * 2 * heads * length * length * width * (1 + 4 * count) / count
             what = f"attention_tangent, K={count}, per tangent"
-            table.add(what, waiting(state, work, 5), per=5 * count, flop=flop)
+            table.add(what, waiting(state, work, 5), per=times(state, 5) * count, flop=flop)
         table.measure()
     state.keep(table)
     for row in table.rows[1:]:
@@ -347,21 +353,22 @@ def _share(state: Acceptance, row: Row, amount: float, rate: str, bound: float) 
 
 
 def _group_norm(state: Acceptance, ours: Any, dtype: torch.dtype) -> None:
-    channels, side = (32, 5) if state.small else (320, 64)
+    batch, channels, side, groups = (1, 8, 5, 2) if state.small else (16, 320, 64, 32)
     table = Table("GroupNorm and SiLU tangent", turns(state))
     for order in (torch.contiguous_format, torch.channels_last):
-        x = torch.randn(16, channels, side, side, device=state.device, dtype=dtype).to(memory_format=order)
+        x = torch.randn(batch, channels, side, side, device=state.device, dtype=dtype)
+        x = x.to(memory_format=order)
         weight, bias = (torch.randn(channels, device=state.device, dtype=dtype) for _ in range(2))
-        _, mean, rstd = ours.group_norm_silu_forward(x, weight, bias, 32, 1e-5, True)
+        _, mean, rstd = ours.group_norm_silu_forward(x, weight, bias, groups, 1e-5, True)
         given = torch.stack([torch.randn_like(x) for _ in range(2)])
         out = torch.empty_like(given)
         work = functools.partial(
-            ours.group_norm_silu_tangent, given, x, mean, rstd, weight, bias, 32, True, out=out
+            ours.group_norm_silu_tangent, given, x, mean, rstd, weight, bias, groups, True, out=out
         )
         what = "channels last" if order is torch.channels_last else "channels first"
         # Two tangents and x are read, two results written.
         moved = 5 * x.numel() * x.element_size()
-        table.add(what, waiting(state, work, 10), per=10, bytes=moved)
+        table.add(what, waiting(state, work, 10), per=times(state, 10), bytes=moved)
     table.measure()
     state.keep(table)
     for row in table.rows:
@@ -369,8 +376,8 @@ def _group_norm(state: Acceptance, ours: Any, dtype: torch.dtype) -> None:
 
 
 def _lanczos(state: Acceptance) -> None:
-    d, samples, block, rows = (64, 2, 2, 8) if state.small else (16384, 8, 8, 64)
-    calls = 2 if state.small else 256
+    d, samples, block, rows = (64, 1, 2, 8) if state.small else (16384, 8, 8, 64)
+    calls = 4 if state.small else 256
     device = state.device
     step = get_backend("cuda", device=device, dtype=torch.float64).lanczos_step
     q, _ = torch.linalg.qr(torch.randn(samples, d, rows, dtype=torch.float64, device=device))
@@ -414,7 +421,7 @@ def _lanczos(state: Acceptance) -> None:
             basis[i, rows : rows + block] = w
 
     table = Table("Lanczos step", turns(state))
-    unit = table.unit("step", waiting(state, one_step, 5), per=5)
+    unit = table.unit("step", waiting(state, one_step, 5), per=times(state, 5))
     table.add("loop of torch operations", waiting(state, loop))
     table.measure()
     state.keep(table)
