@@ -158,8 +158,8 @@ def test_steps_are_recorded(monkeypatch: pytest.MonkeyPatch, block: int) -> None
     assert torch.equal(recorded.values, expected.values)
     assert torch.equal(recorded.residuals, expected.residuals)
     assert not made[0].refused
-    # Every call of the operator but the first of each width (a random vector joins the block at the end).
-    assert set(Played.launches) == {block, block + 1}
+    # Every call of the operator but the first of each width (a random vector may join the block at the end).
+    assert {block} <= set(Played.launches) <= {block, block + 1}
     assert len(Played.launches) >= recorded.stats.steps - 2 - int(recorded.stats.breakdowns.sum())
 
 

@@ -92,7 +92,9 @@ class DeviceSteps:
         *found, faults, norm = self._numbers.to("cpu", copy=True)
         if bool(faults.any()):
             self._restore(*kept)
-        return dict(zip(COUNTERS, found, strict=True)) | {"faults": faults, "norm": norm.view(torch.float64)}
+        # Memory of its own, as torch.save takes no storage of two dtypes.
+        norm = norm.clone().view(torch.float64)
+        return dict(zip(COUNTERS, found, strict=True)) | {"faults": faults, "norm": norm}
 
     def _restore(self, projected: Tensor, lost: Tensor) -> None:
         self._state.projected.copy_(projected)
