@@ -855,7 +855,7 @@ def adjoint_keys_configurations(width: int, size: int, precision: str, count: in
         return _made_for(
             width,
             (0, 64, _choice(64, 16, 16, vectors=1, warps=8)),
-            (64, 96, _choice(128, 16, 16, vectors=1)),
+            (64, 96, _choice(128, 16, 16, vectors=1, warps=8)),
             (96, 160, _choice(64, 16, 16, vectors=1, warps=8)),
         )
     return _made_for(
