@@ -159,13 +159,13 @@ def test_a_graph_that_does_not_fit_into_memory_is_not_needed() -> None:
     assert "out of memory" in recordings.refused["double"]
 
 
-@pytest.mark.parametrize("held", [1, 2, 3])
+@pytest.mark.parametrize("held", [1, 2])
 def test_scores_where_memory_runs_out(recorders: list[Recorder], tiny_pipe: Any, held: int) -> None:
     """Samples whose products do not fit: the batch is halved until they do, and the scores stay the same.
 
     As on a GPU: linearizations record their work, and a product raises at any of its three kinds of call.
     """
-    prompts, seeds = ["one", "two", "three"], [42, 43]
+    prompts, seeds = ["one", "two"], [42, 43]
     expected = SharpnessScorer(tiny_pipe, backend="reference")(prompts, seeds=seeds).rows
     tried: list[int] = []
     run = Recordings.run

@@ -277,7 +277,7 @@ def test_bytes_that_move(
     that from the memory behind it each is read once; x by all tangents of a program together, where tiles
     have partial sums."""
     small_tiles(regime)
-    shape, count, tangents = Shape(5, 80, 8, (66,)), 6, 4
+    shape, count, tangents = Shape(3, 20, 2, (66,)), 5, 4
     arguments = [None if t is None else t.float() for t in make_arguments(shape, count)]
     vectors, x = (to_channels_last(t, dim) if last else t for t, dim in zip(arguments, (2, 1), strict=False))
     out = torch.empty_like(vectors)
@@ -299,12 +299,10 @@ def test_bytes_that_move(
     assert traffic["out"].reads == traffic["vectors"].writes == 0
     if regime == "split":
         assert traffic["x"].reads == 2 * -(-count // tangents)
-        assert len(swept) == 3
+        assert len(swept) == 2
         assert max(swept) <= tangent_kernels.CACHED
     else:
         assert traffic["x"].reads == 2 * count
-        # A program's share, at Stable Diffusion's largest layers: within a multiprocessor's own cache.
-        assert 2 * tangent_kernels.WHOLE * torch.bfloat16.itemsize <= 256 * 1024
     x_out = torch.empty_like(x)
     with counted({"x": x, "out": x_out}) as traffic:
         group_norm_silu_forward(x, arguments[4], arguments[5], shape.groups, 1e-5, True, out=x_out)
