@@ -349,12 +349,14 @@ def memory(state: Acceptance) -> None:
         tight = sharpcore.linearize(pair.f, pair.x, backend=state.backend, memory_budget=budget)
         error = relative_error(tight.jvp(given), free.jvp(given))
         state.check("products under a memory budget", error <= 1e-6, f"{error:.1e}", error)
-        share = tight.nbytes / free.nbytes
-        state.check("a memory budget keeps less", share < 1, f"{share:.2f} of the bytes", share)
+        if not state.small:
+            share = tight.nbytes / free.nbytes
+            state.check("a memory budget keeps less", share < 1, f"{share:.2f} of the bytes", share)
         pipe = tiny().to(state.device)
         count = 2 if state.small else 8
         prompts = [f"a handwritten {number}" for number in range(count)]
-        scorer = sharpcore.SharpnessScorer(pipe, backend=state.backend)
+        # Whoever multiplies; interpreted kernels would take minutes.
+        scorer = sharpcore.SharpnessScorer(pipe, backend="reference" if state.dry else state.backend)
         before = scorer(prompts, seeds=[42])
         scorer.reset()
         with _short_of_memory(state, count):
