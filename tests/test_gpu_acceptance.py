@@ -155,7 +155,7 @@ def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 # Of each kind of step one. All of them take some minutes: python benchmarks/gpu_acceptance.py --dry-run
-STEPS = "rates|kernels in bfloat16|attention in float16|products in float32|Krylov|alone|sanitizer"
+STEPS = "rates|kernels in bfloat16|attention in float16|products in float32|alone|sanitizer"
 
 
 @needs_triton
