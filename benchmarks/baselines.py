@@ -10,8 +10,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -38,6 +41,7 @@ __all__ = [
     "difference",
     "double_backward",
     "double_backward_jvp",
+    "flash_forward_mode",
     "forward",
     "forward_mode",
     "hessian_eigenthings",
@@ -185,6 +189,40 @@ def compiled_double_backward(f: TensorFunction, x: Tensor) -> Products:
 
 
 # -- packages ------------------------------------------------------------------------------------------------
+
+
+def flash_forward_mode(f: TensorFunction, x: Tensor) -> Products:
+    """torch.func.jvp, one tangent after the other, with jvp-flash-attention (0.14) in the place of attention.
+
+    Its kernel takes equal numbers of queries and keys, even and at least 32, and heads of 16, 32, ..., 256:
+    others are filled up with zeros, which changes nothing but the work. What it does not take, above all
+    cross-attention, is math attention as in `forward_mode`.
+    """
+    from jvp_flash_attention.jvp_attention import JVPAttn
+
+    usual = F.scaled_dot_product_attention
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *rest: Any, **options: Any) -> Tensor:
+        width = q.shape[-1]
+        plain = not any(rest) and not any(options.values())
+        if (
+            not plain
+            or not q.shape == k.shape == v.shape
+            or q.shape[-2] < 32
+            or q.shape[-2] % 2
+            or width > 256
+        ):
+            return usual(q, k, v, *rest, **options)
+        filled = max(16, 1 << (width - 1).bit_length())
+        q, k, v = (F.pad(t, (0, filled - width)) for t in (q, k, v))
+        # Not `attention` of the package, which torch.func.jvp takes no tangents through.
+        return JVPAttn.fwd_dual(q, k, v, sm_scale=width**-0.5)[..., :width]
+
+    def products(tangents: Tensor) -> Tensor:
+        with torch.no_grad(), mock.patch.object(F, "scaled_dot_product_attention", attention):
+            return forward_mode_jvp(f, x, tangents)
+
+    return products
 
 
 class Latent(nn.Module):

@@ -49,6 +49,15 @@ SDXL: dict[str, Any] = {
     "projection_class_embeddings_input_dim": 2816,
     "use_linear_projection": True,
 }
+# Small enough for Triton's interpreter.
+SMALL: dict[str, Any] = {
+    "sample_size": 8,
+    "layers_per_block": 1,
+    "block_out_channels": (8, 16, 16, 16),
+    "norm_num_groups": 4,
+    "cross_attention_dim": 16,
+    "attention_head_dim": 2,
+}
 # The memory budget of the rows that have one, in bytes. That of "sd14" keeps the peak of linearizing and of a
 # product within two and a half times that of a forward pass.
 BUDGETS = {"mid": 64 * 2**20, "sd14": 720 * 2**20}
@@ -94,12 +103,12 @@ class Pair:
         return Pair(unet, moved.x, moved.timestep, moved.prompt, moved.added)
 
 
-def micro() -> Pair:
+def micro(size: int = 8) -> Pair:
     """A convolution, a normalization and attention: what the harness itself is tested with."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         unet = Micro().eval()
-    return Pair(unet, torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(42)))
+    return Pair(unet, torch.randn(2, 4, size, size, generator=torch.Generator().manual_seed(42)))
 
 
 class Micro(nn.Module):
@@ -134,27 +143,53 @@ def mid_unet() -> nn.Module:
     return _initialized(MID)
 
 
-def sd14(size: int = 64) -> Pair:
-    """The UNet of Stable Diffusion 1.4, 860 M parameters, at a guidance pair."""
-    return _inputs(sd14_unet(), size)
+def sd14(size: int = 64, device: str = "cpu") -> Pair:
+    """The UNet of Stable Diffusion 1.4, 860 M parameters on `device`, at a guidance pair on the CPU."""
+    return _inputs(sd14_unet(device), size)
 
 
-def sd14_unet() -> nn.Module:
+def sd14_unet(device: str = "cpu") -> nn.Module:
     """The network of "sd14"."""
-    return _filled(_on_meta(SD14))
+    return _filled(_on_meta(SD14), device)
 
 
-def sd21(size: int = 96) -> Pair:
-    """The UNet of Stable Diffusion 2.1, 866 M parameters, at a guidance pair."""
-    return _inputs(_filled(_on_meta(SD21)), size)
+def sd21(size: int = 96, device: str = "cpu") -> Pair:
+    """The UNet of Stable Diffusion 2.1, 866 M parameters on `device`, at a guidance pair on the CPU."""
+    return _inputs(sd21_unet(device), size)
 
 
-def sdxl(size: int = 32, depth: int = 10) -> Pair:
-    """The UNet of Stable Diffusion XL (2.6 G parameters at depth 10) at a guidance pair."""
-    pair = _inputs(_filled(_sdxl_on_meta(depth)), size)
+def sd21_unet(device: str = "cpu") -> nn.Module:
+    """The network of "sd21", which is that of Stable Diffusion 2.0 as well."""
+    return _filled(_on_meta(SD21), device)
+
+
+def small_sd(linear: bool = False) -> Pair:
+    """The blocks of Stable Diffusion 1.x, or (linear) 2.x, with few of them and few channels."""
+    return _inputs(_initialized({**SMALL, "use_linear_projection": linear}), SMALL["sample_size"])
+
+
+def sdxl(size: int = 32, depth: int = 10, device: str = "cpu") -> Pair:
+    """The UNet of Stable Diffusion XL (2.6 G parameters at depth 10) on `device`, at a guidance pair on the
+    CPU."""
+    return _with_added(_inputs(_filled(_sdxl_on_meta(depth), device), size), 1280)
+
+
+def small_sdxl() -> Pair:
+    """The blocks of Stable Diffusion XL with few of them and few channels."""
+    layers = SDXL["down_block_types"]
+    config = {**SDXL, **SMALL, "block_out_channels": SMALL["block_out_channels"][: len(layers)]}
+    width = 32
+    config |= {"addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": width + 6 * 8}
+    config |= {"down_block_types": layers, "up_block_types": SDXL["up_block_types"]}
+    config |= {"transformer_layers_per_block": (1, 1, 2)}
+    return _with_added(_inputs(_initialized(config), SMALL["sample_size"]), width)
+
+
+def _with_added(pair: Pair, width: int) -> Pair:
+    """The further inputs of Stable Diffusion XL, its pooled text embedding of this width."""
     generator = torch.Generator().manual_seed(43)
     times = torch.tensor([1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]).repeat(2, 1)
-    added = {"text_embeds": torch.randn(2, 1280, generator=generator), "time_ids": times}
+    added = {"text_embeds": torch.randn(2, width, generator=generator), "time_ids": times}
     return Pair(pair.unet, pair.x, pair.timestep, pair.prompt, added)
 
 
@@ -188,10 +223,10 @@ def _on_meta(config: dict[str, Any]) -> nn.Module:
 
 
 @torch.no_grad()
-def _filled(unet: nn.Module) -> nn.Module:
+def _filled(unet: nn.Module, device: str = "cpu") -> nn.Module:
     """Normal weights of variance 1/fan-in, written in place: the network is never in memory twice."""
-    unet = unet.to_empty(device="cpu").eval()
-    generator = torch.Generator().manual_seed(0)
+    unet = unet.to_empty(device=device).eval()
+    generator = torch.Generator(device).manual_seed(0)
     for name, parameter in unet.named_parameters():
         if parameter.ndim > 1:
             parameter.normal_(0, parameter[0].numel() ** -0.5, generator=generator)

@@ -3,108 +3,193 @@
     python benchmarks/gpu_acceptance.py              # on a GPU: under 8 minutes, nothing is downloaded
     python benchmarks/gpu_acceptance.py --dry-run    # without one: toy sizes, kernels interpreted
 
-Rows go to benchmarks/results/gpu_<card>.csv, a summary to the screen. A step that fails is named, and the
-others go on; one that would pass the time limit is a line that says so. The exit code is 1 if a check failed
-or a target was missed.
+Rows go to benchmarks/results/gpu_<card>.csv, a summary beside it and to the screen (of a dry run to a
+temporary folder). Every step is a process of its own: one that fails, hangs or breaks the GPU's context is
+named, and the others go on. Checks run beside each other, as most of their time is the compiler's;
+measurements run alone. The exit code is 1 if a check failed or a target was missed.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import os
 import re
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any
 
-from gpu_report import ROOT, Acceptance, Verdict
+from gpu_report import FAILED, ROOT, SKIPPED, Acceptance, Finding, Report
 
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+FOLDERS = (ROOT, ROOT / "tests", ROOT / "benchmarks")
+sys.path[:0] = map(str, FOLDERS[:2])
 LIMIT = 480  # seconds that the whole may take
+DRY_LIMIT = 3600
+JOBS = 8  # checks beside each other at most
+LEAST = 5  # seconds: what is begun with less ends in the middle
+# What every step needs, imported once and inherited.
+PRELOADED = ["diffusers", "gpu_checks", "gpu_measurements"]
 
 
 @dataclass(frozen=True)
 class Step:
-    """A named part; `seconds` is what it takes at most on a card that the project was made for."""
+    """A named part, which may take so many seconds on a GPU; None: what is left."""
 
     name: str
     run: Callable[[Acceptance], None]
-    seconds: float
+    seconds: float | None = None
 
 
-def build(state: Acceptance) -> None:
-    """The compiled modules, for this card alone where one is there."""
-    environment = {**os.environ, "SHARPCORE_REQUIRE_EXTENSION": "1"}
-    if not state.dry:
-        import torch
+@dataclass(frozen=True)
+class How:
+    """What kind of run this is."""
 
-        major, minor = torch.cuda.get_device_capability()
-        environment.update(SHARPCORE_CUDA="ON", SHARPCORE_CUDA_ARCHITECTURES=f"{major}{minor}")
-    missing = not list((ROOT / "sharpcore").glob("_C*.so"))
-    missing |= not state.dry and not list((ROOT / "sharpcore").glob("_cuda*.so"))
-    if missing:
-        command = [sys.executable, "setup.py", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise RuntimeError(f"the build failed: {done.stdout[-300:]} {done.stderr[-300:]}")
-    from sharpcore.backends import support_table
-
-    rows = [row for row in support_table() if row.backend == "cuda"]
-    reasons = {f"{row.kernel}: {row.reason}" for row in rows if not row.available}
-    if not state.dry:
-        state.check("every kernel of the cuda backend is there", not reasons, "; ".join(reasons) or "yes")
+    device: str
+    dry: bool
+    small: bool
+    jobs: int
 
 
-def steps() -> list[Step]:
-    """All of them, in order; imported late, as the interpreter must be switched on before Triton is."""
-    import gpu_checks as checks
-    import gpu_measurements as measurements
+def checks(dry: bool) -> list[Step]:
+    """Imported late, as the interpreter must be switched on before Triton is."""
+    import gpu_checks as made
+    import gpu_measurements as measured
+
+    compiling = [
+        Step(f"compiling for Stable Diffusion {name}", work, 170)
+        for name, work in (
+            ("1.4", measured.compile_sd14),
+            ("2.1", measured.compile_sd21),
+            ("XL", measured.compile_sdxl),
+        )
+    ]
+    precisions = [p for p in made.PRECISIONS if not (dry and p == "tf32")]
+    return [
+        *([] if dry else compiling),
+        *(Step(f"attention in {p}", partial(made.attention, precision=p), 100) for p in made.PRECISIONS),
+        *(Step(f"norms and pointwise kernels in {p}", partial(made.pointwise, precision=p), 60)
+          for p in made.PRECISIONS if p != "tf32"),
+        *(Step(f"products in {p}", partial(made.products, precision=p), 60) for p in precisions),
+        *(Step(f"ranking of the shipped model's prompts in {p}", partial(made.ranking, precision=p), 60)
+          for p in precisions),
+        Step("Krylov solvers", made.solvers, 60),
+        Step("memory that runs out", made.memory, 60),
+    ]  # fmt: skip
+
+
+def measurements() -> list[Step]:
+    """In the order in which time runs out for them."""
+    import gpu_measurements as made
 
     return [
-        Step("rates of the card", measurements.rates, 10),
-        Step("kernels against float64", checks.kernels, 60),
-        Step("products against float64", checks.products, 40),
-        Step("ranking of the shipped model's prompts", checks.ranking, 40),
-        Step("Krylov solvers against LAPACK", checks.solvers, 30),
-        Step("Stable Diffusion 1.4, products", measurements.sd14, 110),
-        Step("kernels alone", measurements.kernels, 30),
-        Step("scoring ten prompts", measurements.scoring, 60),
-        Step("Stable Diffusion 2.1, products", measurements.sd21, 40),
-        Step("Stable Diffusion XL, products", measurements.sdxl, 60),
-        Step("compute-sanitizer", checks.sanitizer, 60),
+        Step("rates of the card", made.rates, 20),
+        Step("kernels alone", made.kernels, 45),
+        Step("Stable Diffusion 1.4, products", made.sd14, 120),
+        Step("scoring ten prompts, Stable Diffusion 1.4", made.scoring_sd14, 50),
+        Step("Stable Diffusion XL, products", made.sdxl, 60),
+        Step("Stable Diffusion 2.1, products", made.sd21, 45),
+        Step("scoring ten prompts, Stable Diffusion 2.0", made.scoring_sd20, 45),
+        Step("Stable Diffusion 1.4, torch.compile", made.compiled, 90),
     ]
 
 
-def run(state: Acceptance, only: str | None) -> None:
+def go(report: Report, how: How, only: str | None) -> None:
     """Every step, whatever becomes of the others."""
+    import gpu_checks
+
+    def chosen(steps: Sequence[Step]) -> list[Step]:
+        return [step for step in steps if only is None or re.search(only, step.name)]
+
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload((["interpreted"] if how.dry else []) + PRELOADED)
+    together(context, report, how, chosen([Step("build", gpu_checks.build, 120)]), 1)
+    together(context, report, how, chosen(checks(how.dry)), how.jobs)
+    for step in chosen([*measurements(), Step("compute-sanitizer", gpu_checks.sanitizer)]):
+        together(context, report, how, [step], 1)
+
+
+@dataclass
+class _Running:
+    step: Step
+    process: BaseProcess
+    connection: Connection
+    began: float
+    deadline: float
+
+
+def together(context: Any, report: Report, how: How, steps: Sequence[Step], jobs: int) -> None:
+    """Run steps in processes of their own, `jobs` at a time, and take what they send; in this one if `how`
+    has no jobs."""
+    for step in steps if how.jobs == 0 else ():
+        print(f"== {step.name}", flush=True)
+        _attempt(step, how, report.rates, report.take)
+    waiting, running = [] if how.jobs == 0 else list(steps), list[_Running]()
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            step = waiting.pop(0)
+            if report.left < LEAST:
+                report.take(Finding(step.name, SKIPPED, "no time was left"))
+                continue
+            print(f"== {step.name}", flush=True)
+            seconds = report.left if how.small or step.seconds is None else min(step.seconds, report.left)
+            ours, theirs = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(step, how, report.rates, theirs))
+            process.start()
+            theirs.close()
+            now = time.monotonic()
+            running.append(_Running(step, process, ours, now, now + seconds))
+        if not running:
+            continue
+        soonest = min(one.deadline for one in running) - time.monotonic()
+        ready = wait([one.connection for one in running], timeout=max(0.0, soonest))
+        for one in list(running):
+            late = time.monotonic() > one.deadline
+            if one.connection in ready and _receive(one, report):
+                one.process.join()
+                if one.process.exitcode:
+                    report.take(Finding(one.step.name, FAILED, f"ended with {one.process.exitcode}"))
+            elif late:
+                one.process.kill()
+                one.process.join()
+                report.take(Finding(one.step.name, FAILED, f"was cut after {one.deadline - one.began:.0f} s"))
+            else:
+                continue
+            one.connection.close()
+            running.remove(one)
+            print(f"   {one.step.name}: {time.monotonic() - one.began:.1f} s", flush=True)
+
+
+def _receive(one: _Running, report: Report) -> bool:
+    """Take what has come; whether that was the end."""
+    try:
+        report.take(one.connection.recv())
+    except EOFError:
+        return True
+    return False
+
+
+def _work(step: Step, how: How, rates: dict[str, float], connection: Connection) -> None:
+    _attempt(step, how, rates, connection.send)
+    connection.close()
+
+
+def _attempt(step: Step, how: How, rates: dict[str, float], send: Callable[[Any], None]) -> None:
     from measure import why
 
-    for step in [Step("build", build, 90), *steps()]:
-        if only is not None and not re.search(only, step.name):
-            continue
-        if step.seconds > state.left and not state.small:
-            state.verdicts.append(Verdict(step.name, f"skipped: {state.left:.0f} s left", None))
-            continue
-        print(f"== {step.name}", flush=True)
-        start = time.perf_counter()
-        try:
-            step.run(state)
-        except Exception as error:  # named, and the others go on
-            state.check(step.name, False, why(error))
-        print(f"   {time.perf_counter() - start:.1f} s", flush=True)
-
-
-def summary(state: Acceptance) -> str:
-    """One line for each check and target."""
-    words = {True: "ok", False: "FAILED", None: "-"}
-    lines = [f"{words[v.ok]:7s} {v.what}: {v.found}" for v in state.verdicts]
-    failed = sum(v.ok is False for v in state.verdicts)
-    return "\n".join(
-        [*lines, f"{failed} failed of {len(state.verdicts)}, {time.perf_counter() - state.began:.0f} s"]
-    )
+    state = Acceptance(how.device, how.dry, how.small, rates, send)
+    try:
+        step.run(state)
+    except Exception as error:  # named, and the others go on
+        traceback.print_exc()
+        state.check(step.name, False, why(error))
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -115,31 +200,38 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--dry-run", action="store_true", help="toy sizes on the CPU, kernels interpreted")
     parser.add_argument("--small", action="store_true", help="toy sizes on the GPU")
     parser.add_argument("--only", help="regular expression: the steps to run")
-    parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for the whole (480)")
+    parser.add_argument("--limit", type=float, help=f"seconds for the whole ({LIMIT}; dry: {DRY_LIMIT})")
+    parser.add_argument(
+        "--jobs", type=int, help=f"checks at a time (cores, at most {JOBS}; dry: 1; 0: no processes)"
+    )
     parser.add_argument("--output", type=Path, help="folder of the CSV (benchmarks/results)")
     asked = parser.parse_args(arguments)
-    if asked.dry_run:
-        os.environ["SHARPCORE_AUTOTUNE"] = "0"
+    dry, small = asked.dry_run, asked.small or asked.dry_run
+    # Processes of steps start with what they find there.
+    os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, FOLDERS), os.environ.get("PYTHONPATH", "")])
+    if dry:
+        os.environ.update(SHARPCORE_AUTOTUNE="0", CUDA_VISIBLE_DEVICES="")
         import interpreted  # noqa: F401  # switches Triton's interpreter on
     import torch
 
-    if not asked.dry_run and not torch.cuda.is_available():
+    if not dry and not torch.cuda.is_available():
         print("no GPU: PyTorch finds none; --dry-run goes through the steps without one")
         return 1
-    small = asked.small or asked.dry_run
-    state = Acceptance("cpu" if asked.dry_run else "cuda", asked.dry_run, small, asked.limit)
-    run(state, asked.only)
-    print("\n" + summary(state))
-    if state.records and (asked.output or not small):
+    usual = 1 if dry else min(JOBS, os.cpu_count() or 1)
+    jobs = usual if asked.jobs is None else asked.jobs
+    report = Report(asked.limit or (DRY_LIMIT if dry else LIMIT))
+    go(report, How("cpu" if dry else "cuda", dry, small, jobs), asked.only)
+    print(f"\n{report.summary()}")
+    if report.records or report.findings:
         from machine import describe
-        from results import FOLDER, save
+        from results import FOLDER
 
-        card = (
-            "dry_run" if state.dry else re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
-        )
+        # Toy sizes prove nothing that the repository should keep.
+        folder = asked.output or (Path(tempfile.mkdtemp(prefix="gpu_acceptance-")) if small else FOLDER)
+        card = "dry run" if dry else torch.cuda.get_device_name()
         about = {"card": card, **describe("python benchmarks/gpu_acceptance.py")}
-        print(save(f"gpu_{card}", [{**record, **about} for record in state.records], asked.output or FOLDER))
-    return int(any(verdict.ok is False for verdict in state.verdicts))
+        print(report.save(card, about, folder))
+    return int(not report.passed)
 
 
 if __name__ == "__main__":

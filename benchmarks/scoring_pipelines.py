@@ -1,4 +1,4 @@
-"""The pipelines that are scored: the shipped "tiny", and "mid" and "sd14" with random weights."""
+"""The pipelines that are scored: the shipped "tiny", and "mid", "sd14" and "sd20" with random weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,16 @@ def mid() -> Any:
     return _with(configs.mid_unet(), layers=2, heads=4, tokens=32)
 
 
-def sd14() -> Any:
-    """The UNet of Stable Diffusion 1.4 and a text encoder of the size of its own, both random."""
-    return _with(configs.sd14_unet(), layers=12, heads=12, tokens=77)
+def sd14(device: str = "cpu") -> Any:
+    """The UNet of Stable Diffusion 1.4 on `device` and a text encoder of the size of its own, both random."""
+    return _with(configs.sd14_unet(device), layers=12, heads=12, tokens=77)
+
+
+def sd20(device: str = "cpu") -> Any:
+    """As `sd14`, of Stable Diffusion 2.0 at 768 pixels, which predicts v."""
+    pipe = _with(configs.sd21_unet(device), layers=23, heads=16, tokens=77)
+    pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type="v_prediction")
+    return pipe
 
 
 def _with(unet: Any, *, layers: int, heads: int, tokens: int) -> Any:

@@ -745,58 +745,71 @@ def _choice(
     return triton.Config(constants, num_warps=warps, num_stages=stages)
 
 
-def _up_to(width: int, *choices: tuple[int, triton.Config]) -> list[triton.Config]:
-    """Those made for heads as wide as this one."""
-    return [choice for widest, choice in choices if width <= widest]
+def _made_for(width: int, *choices: tuple[int, int, triton.Config]) -> list[triton.Config]:
+    """Those for heads of this width: wider than the first number, and at most as wide as the second."""
+    return [choice for narrower, widest, choice in choices if narrower < width <= widest]
 
 
 def forward_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
     """For heads whose wider side has `width` entries of `size` bytes, and `count` tangents.
 
-    Measured by compiling: the first one, which runs where nothing is tuned, spills no registers on sm_80 or
-    sm_90, the others not on one of them.
+    The first one runs where nothing is tuned: compiled for sm_80 it spills no registers. The others spill
+    none on sm_80 or on sm_90.
     """
     if size == 4 and precision == "tf32":
-        return [_choice(32, 32, 32), _choice(32, 64, 32)]
+        return [_choice(64 if 64 < width <= 96 else 32, 32, 32), _choice(32, 64, 32)]
     if size == 4:
-        return [_choice(32, 32, 16)]
-    return _up_to(
+        return _made_for(
+            width,
+            (0, 64, _choice(64, 32, 16)),
+            (64, 96, _choice(32, 32, 16)),
+            (96, 160, _choice(64, 16, 16)),
+        )
+    return _made_for(
         width,
-        (160, _choice(64, 64, 32)),
-        (64, _choice(64, 128, 64, stages=3)),
-        (64, _choice(64, 128, 128, warps=8, stages=3)),
-        (128, _choice(64, 128, 64, warps=8, stages=3)),
-        (160, _choice(64, 128, 64, warps=8)),
+        (0, 96, _choice(64, 64, 32)),
+        (96, 160, _choice(32, 64, 32)),
+        (0, 64, _choice(64, 128, 64, stages=3)),
+        (0, 64, _choice(64, 128, 128, warps=8, stages=3)),
+        (0, 128, _choice(64, 128, 64, warps=8, stages=3)),
+        (64, 160, _choice(64, 128, 64, warps=8)),
     )
 
 
 def tangent_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
     """As `forward_configurations`."""
     if size == 4 and precision == "tf32":
-        return _up_to(width, (160, _choice(32, 32, 16, vectors=1)), (80, _choice(32, 64, 32, vectors=1)))
-    if size == 4:
-        return _up_to(
-            width, (160, _choice(32, 16, 16, vectors=1, warps=8)), (64, _choice(32, 32, 16, vectors=1))
+        return _made_for(
+            width,
+            (0, 96, _choice(32, 32, 16, vectors=1)),
+            (96, 160, _choice(32, 16, 16, vectors=1)),
+            (0, 80, _choice(32, 64, 32, vectors=1)),
         )
-    alone = _up_to(
+    if size == 4:  # wider than 64, on sm_90: 16 to 56 bytes spilled
+        return _made_for(
+            width,
+            (0, 160, _choice(32, 16, 16, vectors=1, warps=8)),
+            (0, 64, _choice(32, 32, 16, vectors=1)),
+        )
+    choices = _made_for(
         width,
-        (128, _choice(32, 64, 32, vectors=1)),
-        (160, _choice(32, 64, 16, vectors=1)),
-        (48, _choice(32, 128, 64, vectors=1, warps=8, stages=3)),
-        (64, _choice(64, 128, 64, vectors=1, warps=8, stages=3)),
-        (64, _choice(64, 64, 64, vectors=1, stages=3)),
-        (128, _choice(64, 64, 64, vectors=1)),
-        (128, _choice(64, 128, 64, vectors=1, warps=8)),
-        (160, _choice(64, 128, 32, vectors=1, warps=8)),
+        (0, 128, _choice(32, 64, 32, vectors=1)),
+        (128, 160, _choice(32, 64, 16, vectors=1)),
+        (0, 64, _choice(64, 128, 64, vectors=1, warps=8, stages=3)),
+        (0, 64, _choice(64, 64, 64, vectors=1, stages=3)),
+        (32, 48, _choice(32, 128, 64, vectors=1, warps=8, stages=3)),
+        (64, 128, _choice(64, 64, 64, vectors=1)),
+        (64, 128, _choice(64, 128, 64, vectors=1, warps=8)),
+        (64, 160, _choice(64, 128, 32, vectors=1, warps=8)),
     )
-    if count == 1:
-        return alone
-    return alone + _up_to(
-        width,
-        (64, _choice(64, 64, 32, vectors=2, stages=3)),
-        (64, _choice(64, 128, 32, vectors=2, warps=8, stages=3)),
-        (48, _choice(32, 128, 32, vectors=2, warps=8, stages=3)),
-    )
+    if count > 1:
+        choices += _made_for(
+            width,
+            (0, 64, _choice(64, 64, 32, vectors=2, stages=3)),
+            (0, 64, _choice(64, 128, 32, vectors=2, warps=8, stages=3)),
+            (32, 48, _choice(32, 128, 32, vectors=2, warps=8, stages=3)),
+        )
+    return choices
 
 
 def along_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
@@ -807,41 +820,55 @@ def along_configurations(width: int, size: int, precision: str, count: int) -> l
 def adjoint_queries_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
     """As `forward_configurations`."""
     if size == 4 and precision == "tf32":
-        return _up_to(width, (160, _choice(32, 32, 16, vectors=1)), (80, _choice(32, 64, 32, vectors=1)))
+        return _made_for(
+            width,
+            (0, 128, _choice(64, 32, 16, vectors=1)),
+            (128, 160, _choice(32, 16, 16, vectors=1)),
+            (0, 80, _choice(32, 64, 32, vectors=1)),
+        )
     if size == 4:
-        return [_choice(32, 16, 16, vectors=1)]
-    choices = _up_to(
+        return [_choice(64 if width <= 128 else 32, 16, 16, vectors=1, warps=8)]
+    choices = _made_for(
         width,
-        (160, _choice(32, 64, 32, vectors=1)),
-        (64, _choice(64, 128, 64, vectors=1, warps=8, stages=3)),
-        (160, _choice(64, 128, 64, vectors=1, warps=8)),
-        (160, _choice(64, 128, 32, vectors=1, warps=8)),
+        (0, 96, _choice(32, 64, 32, vectors=1)),
+        (96, 160, _choice(32, 64, 16, vectors=1)),
+        (0, 64, _choice(64, 128, 64, vectors=1, warps=8, stages=3)),
+        (64, 160, _choice(64, 128, 64, vectors=1, warps=8)),
+        (64, 160, _choice(64, 128, 32, vectors=1, warps=8)),
     )
     if count > 1:
-        choices += _up_to(width, (64, _choice(64, 128, 32, vectors=2, warps=8, stages=3)))
+        choices += _made_for(width, (0, 64, _choice(64, 128, 32, vectors=2, warps=8, stages=3)))
     return choices
 
 
 def adjoint_keys_configurations(width: int, size: int, precision: str, count: int) -> list[triton.Config]:
     """As `forward_configurations`; two sums for each cotangent leave no room for a second one."""
     if size == 4 and precision == "tf32":
-        return _up_to(width, (160, _choice(32, 16, 16, vectors=1)), (64, _choice(32, 32, 32, vectors=1)))
-    if size == 4:
-        return _up_to(
+        return _made_for(
             width,
-            (64, _choice(32, 16, 16, vectors=1)),
-            (96, _choice(64, 16, 16, vectors=1, warps=8)),
-            (160, _choice(32, 16, 16, vectors=1)),
+            (0, 64, _choice(32, 16, 16, vectors=1)),
+            (64, 96, _choice(128, 16, 16, vectors=1)),
+            (96, 160, _choice(32, 16, 16, vectors=1)),
+            (0, 64, _choice(32, 32, 32, vectors=1)),
         )
-    return _up_to(
+    if size == 4:
+        return _made_for(
+            width,
+            (0, 64, _choice(64, 16, 16, vectors=1, warps=8)),
+            (64, 96, _choice(128, 16, 16, vectors=1, warps=8)),
+            (96, 160, _choice(64, 16, 16, vectors=1, warps=8)),
+        )
+    return _made_for(
         width,
-        (64, _choice(32, 64, 32, vectors=1)),
-        (160, _choice(64, 64, 16, vectors=1)),
-        (64, _choice(64, 64, 128, vectors=1, warps=8)),
-        (64, _choice(64, 32, 128, vectors=1, warps=8)),
-        (96, _choice(64, 64, 64, vectors=1)),
-        (128, _choice(64, 64, 64, vectors=1, warps=8)),
-        (128, _choice(64, 64, 32, vectors=1)),
+        (0, 96, _choice(64, 32, 64, vectors=1)),
+        (96, 128, _choice(64, 32, 32, vectors=1)),
+        (128, 160, _choice(32, 32, 16, vectors=1)),
+        (32, 48, _choice(32, 64, 64, vectors=1, warps=8)),
+        (0, 64, _choice(64, 64, 128, vectors=1, warps=8)),
+        (0, 64, _choice(64, 32, 128, vectors=1, warps=8)),
+        (64, 96, _choice(64, 64, 64, vectors=1)),
+        (64, 128, _choice(64, 64, 64, vectors=1, warps=8)),
+        (64, 128, _choice(64, 64, 32, vectors=1)),
     )
 
 
@@ -881,7 +908,8 @@ def attention_tangent(
     precision: str,
 ) -> None:
     """Write result [K, B, H, L, Ev] of the tangents, [K, ...] of each operand of `attention_forward`."""
-    operands = {"q": q, "k": k, "v": v, "o": o, "dq": dq, "dk": dk, "dv": dv, "result": result}
+    operands: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "o": o, "result": result}
+    operands |= {"dq": dq, "dk": dk, "dv": dv}
     arguments = _arguments(operands, {"lse": lse, "mask": mask}, scale, precision, result.shape[0])
     _launch(tangent_kernel, tangent_configurations, arguments)
 
@@ -905,9 +933,9 @@ def attention_adjoint(
     cotangent [K, B, H, L, Ev]; the rest as in `attention_forward`."""
     moving = grad_q is not None or grad_k is not None
     along = torch.empty(cotangent.shape[:-1], dtype=torch.float32, device=q.device) if moving else None
-    operands = {"q": q, "k": k, "v": v, "o": o, "cotangent": cotangent}
+    operands: dict[str, Tensor | None] = {"q": q, "k": k, "v": v, "o": o, "cotangent": cotangent}
     operands |= {"grad_q": grad_q, "grad_k": grad_k, "grad_v": grad_v}
-    others = {"lse": lse, "mask": mask, "along": along}
+    others: dict[str, Tensor | None] = {"lse": lse, "mask": mask, "along": along}
     arguments = _arguments(operands, others, scale, precision, cotangent.shape[0])
     if moving:
         _launch(along_kernel, along_configurations, arguments)

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sharpcore.kernels.group_norm_silu_tangent import (
+    CACHED,
     WHOLE,
     cut,
     far,
@@ -18,6 +19,7 @@ from sharpcore.kernels.group_norm_silu_tangent import (
     over_groups,
     parts_at_once,
     per_channel,
+    per_sample,
     sample_stride,
     tile,
     to_channels,
@@ -310,20 +312,27 @@ def group_norm_silu_forward(
             _KEY,
         )
         return
-    partials = torch.empty((2, batch, groups, tiles.steps), dtype=torch.float32, device=x.device)
-    split = {"partials": partials, "batch": batch}
+    # As many samples as are still in the cache when they are looked at again.
+    together = max(1, min(batch, CACHED // (x[0].numel() * x.element_size())))
+    partials = torch.empty((2, together, groups, tiles.steps), dtype=torch.float32, device=x.device)
+    for first in range(0, batch, together):
+        some = slice(first, first + together)
+        part = x[some]
+        split = {"x": part, "partials": partials, "batch": len(part)}
 
-    def grid(_: Any) -> tuple[int, int, int]:
-        return tiles.steps, blocks, batch
+        def grid(_: Any, samples: int = len(part)) -> tuple[int, int, int]:
+            return tiles.steps, blocks, samples
 
-    run(group_norm_silu_statistics_kernel, grid, {**to_x, **split}, CONFIGURATIONS, _KEY[:-1])
-    run(
-        group_norm_silu_forward_apply_kernel,
-        grid,
-        {**arguments, **split, "PARTS": parts_at_once(tiles)},
-        CONFIGURATIONS,
-        _KEY,
-    )
+        run(group_norm_silu_statistics_kernel, grid, {**to_x, **split}, CONFIGURATIONS, _KEY[:-1])
+        split |= {"out": out[some], "mean": mean[some], "rstd": rstd[some]}
+        split |= {name: per_sample(p, some) for name, p in (("weight", weight), ("bias", bias))}
+        run(
+            group_norm_silu_forward_apply_kernel,
+            grid,
+            {**arguments, **split, "PARTS": parts_at_once(tiles)},
+            CONFIGURATIONS,
+            _KEY,
+        )
 
 
 CONFIGURATIONS = (

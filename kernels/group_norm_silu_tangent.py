@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ TILE = 4096  # elements
 # A group, or neighbouring groups of a channels-last image, for one program: its second look finds them in a
 # multiprocessor's own cache, or in registers.
 WHOLE = 65536
-# Bytes of vectors between the two looks at larger groups: half of what the caches of large GPUs keep.
+# Bytes of vectors and x between the two looks at larger groups: half of what the caches of large GPUs keep.
 CACHED = 16 * 2**20
 HELD_WARPS = 16
 # Elements of its vector that a thread of 16 warps holds in registers without spilling: of a tangent that lies
@@ -498,27 +499,44 @@ def group_norm_silu(
             _KEY,
         )
         return
-    each = vectors[0].numel() * vectors.element_size()
-    together = max(1, min(count, CACHED // each))
+    samples_at_once, vectors_at_once = chunk(vectors)
     partials = torch.empty(
-        (2, together, batch, groups, tiles.steps), dtype=torch.float32, device=vectors.device
+        (2, vectors_at_once, samples_at_once, groups, tiles.steps), dtype=torch.float32, device=vectors.device
     )
+    for sample, first in product(range(0, batch, samples_at_once), range(0, count, vectors_at_once)):
+        some, these = slice(sample, sample + samples_at_once), slice(first, first + vectors_at_once)
+        part = vectors[these, some]
 
-    for first in range(0, count, together):
-        some = vectors[first : first + together]
+        def grid(constants: Any, part: Tensor = part) -> tuple[int, int, int]:
+            return tiles.steps, blocks, part.shape[1] * triton.cdiv(part.shape[0], constants["TANGENTS"])
 
-        def grid(constants: Any, count: int = len(some)) -> tuple[int, int, int]:
-            return tiles.steps, blocks, batch * triton.cdiv(count, constants["TANGENTS"])
-
-        arguments |= {"vectors": some, "partials": partials, "count": len(some), "batch": batch}
+        arguments |= {
+            "vectors": part,
+            "x": x[some],
+            "mean": mean[some],
+            "rstd": rstd[some],
+            "weight": per_sample(weight, some),
+            "bias": per_sample(bias, some),
+            "partials": partials,
+            "count": part.shape[0],
+            "batch": part.shape[1],
+        }
         run(group_norm_silu_sums_kernel, grid, arguments, SPLIT_CONFIGURATIONS, _KEY)
         run(
             group_norm_silu_apply_kernel,
             grid,
-            {**arguments, "out": out[first : first + together], **to_out, "PARTS": parts_at_once(tiles)},
+            {**arguments, "out": out[these, some], **to_out, "PARTS": parts_at_once(tiles)},
             SPLIT_CONFIGURATIONS,
             _KEY,
         )
+
+
+def chunk(vectors: Tensor) -> tuple[int, int]:
+    """How many samples and vectors are swept at a time, so that they and x are still in the cache when they
+    are looked at again: all vectors of some samples, or some of one."""
+    each = vectors[0, 0].numel() * vectors.element_size()
+    together = max(1, min(vectors.shape[0], CACHED // each - 1))
+    return max(1, min(vectors.shape[1], CACHED // (each * (1 + together)))), together
 
 
 SPLIT_CONFIGURATIONS = (
@@ -554,3 +572,8 @@ def is_channels_last(image: Tensor) -> bool:
 def sample_stride(parameter: Tensor | None) -> int:
     """How far the parameters of two samples are apart: 0 where all samples share them."""
     return 0 if parameter is None or parameter.ndim == 1 else parameter.stride(0)
+
+
+def per_sample(parameter: Tensor | None, some: slice) -> Tensor | None:
+    """The parameters of some samples: all, where those of all samples are the same."""
+    return parameter if parameter is None or parameter.ndim == 1 else parameter[some]

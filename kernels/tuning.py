@@ -9,10 +9,12 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 import triton
+import triton.testing
 
 # Triton writes what it measured into its own cache, by device, kernel source, key and configurations.
 _lock = threading.Lock()
@@ -74,8 +76,25 @@ def _fastest(
         which = (id(kernel), tuple(key), tuple(configurations))
         tuner = _tuners.get(which)
         if tuner is None:
-            tune = triton.autotune(configs=list(configurations), key=list(key), cache_results=True)
+            tune = triton.autotune(
+                configs=list(configurations), key=list(key), cache_results=True, do_bench=_measure
+            )
             tuner = _tuners[which] = tune(kernel)
+        compile_all(kernel, grid, arguments, configurations)
         tuner[grid](**arguments)
         _chosen[place] = tuner.best_config
         return tuner.best_config
+
+
+def compile_all(
+    kernel: Any, grid: Grid, arguments: Mapping[str, Any], configurations: Sequence[triton.Config]
+) -> None:
+    """Compile all configurations beside each other. One that cannot be is found out when it is measured."""
+    with ThreadPoolExecutor() as threads, triton.AsyncCompileMode(threads, ignore_errors=True):
+        for configuration in configurations:
+            kernel.warmup(**arguments, grid=grid, **configuration.all_kwargs())
+
+
+def _measure(call: Callable[[], None], quantiles: Sequence[float]) -> Any:
+    """Milliseconds of a call. Triton's usual 125 ms for each configuration take longer than compiling it."""
+    return triton.testing.do_bench(call, warmup=5, rep=25, quantiles=quantiles)

@@ -62,10 +62,10 @@ class Compiled:
     shared: int
     ptx: str
 
-    def assert_fits(self, architecture: int) -> None:
-        """No spills, and a block's shared memory exists."""
-        assert self.spilled == 0, f"{self.spilled} bytes spilled"
-        assert self.shared <= SHARED_LIMITS[architecture], f"{self.shared} bytes of shared memory"
+    def assert_fits(self, architecture: int, request: object = None, spilled: int = 0) -> None:
+        """No spills, or at most so many bytes of a thread, and a block's shared memory exists."""
+        assert self.spilled <= spilled, (f"{self.spilled} bytes spilled", request)
+        assert self.shared <= SHARED_LIMITS[architecture], (f"{self.shared} bytes of shared memory", request)
 
     @property
     def uses_tensor_cores(self) -> bool:

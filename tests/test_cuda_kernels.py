@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sharpcore.backends import reference
 from sharpcore.backends.reference.lanczos_step import NOT_FINITE, OUT_OF_RANGE, LanczosState
+from sharpcore.backends.reference.symmetric_eigen import MOST_EIGEN_ROWS
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.decomposition import Decomposition
 from sharpcore.krylov.operator import as_batched, closing_share, precision_defaults
@@ -51,7 +52,7 @@ def emulated() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("kind", ["rademacher", "normal", "sphere"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_probes_equal_the_reference_to_the_bit(kind: str, dtype: torch.dtype) -> None:
     ids = torch.tensor([1, 2**32 - 1, 2**40 + 7, 2**63 - 1])
     # Sizes on both sides of a counter, of what a block of threads makes, and of some of those.
@@ -309,6 +310,10 @@ def test_wrong_steps_are_refused() -> None:
 
 
 # Eigenproblems
+
+
+def test_the_largest_matrices_are_as_the_solvers_know() -> None:
+    assert native.extension().most_eigen_rows == MOST_EIGEN_ROWS
 
 
 def check_pairs(matrices: Tensor, sizes: Tensor | None, unit: float = 1.0) -> None:

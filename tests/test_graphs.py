@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sharpcore import linearize, workspace
+from sharpcore import SharpnessScorer, linearize, workspace
 from sharpcore.graphs import Recordings
 
 
@@ -140,3 +140,52 @@ def test_instructions_are_timed_without_a_graph(recorders: list[Recorder]) -> No
     lin = linearize(f, x, backend="reference")
     assert "Convolution" in lin.explain(2)
     assert not recorders
+
+
+class Full(Recorder):
+    """A graph for whose memory there is no room."""
+
+    def record(self, work: Callable[[], Any]) -> Any:
+        work()
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore words")
+
+
+def test_a_graph_that_does_not_fit_into_memory_is_not_needed() -> None:
+    recordings = Recordings(Full)
+    x = torch.arange(3.0)
+    for _ in range(4):
+        assert torch.equal(recordings.run("double", (x,), lambda x: 2 * x), 2 * x)
+    assert not recordings.holds("double")
+    assert "out of memory" in recordings.refused["double"]
+
+
+@pytest.mark.parametrize("held", [1, 2])
+def test_scores_where_memory_runs_out(recorders: list[Recorder], tiny_pipe: Any, held: int) -> None:
+    """Samples whose products do not fit: the batch is halved until they do, and the scores stay the same.
+
+    As on a GPU: linearizations record their work, and a product raises at any of its three kinds of call.
+    """
+    prompts, seeds = ["one", "two"], [42, 43]
+    expected = SharpnessScorer(tiny_pipe, backend="reference")(prompts, seeds=seeds).rows
+    tried: list[int] = []
+    run = Recordings.run
+
+    def short(self: Recordings, name: Any, inputs: Any, work: Callable[..., Any]) -> Any:
+        samples = inputs[0].shape[-4]
+        tried.append(samples)
+        if samples > held:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return run(self, name, inputs, work)
+
+    scorer, most = SharpnessScorer(tiny_pipe, backend="reference"), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Recordings, "run", short)
+        for _ in range(2):
+            found = scorer(prompts, seeds=seeds).rows
+            for row, other in zip(found, expected, strict=True):
+                for metric in ("score_difference_seeds", "hessian_score_difference_seeds"):
+                    assert row[metric] == pytest.approx(other[metric], rel=1e-4)
+            most.append(max(tried))
+            tried.clear()
+    assert most[0] > held >= most[1], "what was learnt is kept"
+    assert any(recorder.launches for recorder in recorders)

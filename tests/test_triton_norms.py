@@ -21,6 +21,7 @@ from test_layer_norm_tangent import Shape as Rows
 from test_layer_norm_tangent import identify as identify_rows
 from test_layer_norm_tangent import make_arguments as make_row_arguments
 from torch import Tensor
+from traffic import counted
 
 from sharpcore.backends import reference
 from sharpcore.backends.cuda.group_norm_silu_forward import group_norm_silu_forward
@@ -264,6 +265,59 @@ def test_forward(shape: Shape, last: bool, regime: str, small_tiles: Callable[[s
             bound = max(2 * float((other - wanted).norm()), 2e-7 * float(wanted.norm()) + rounding)
             assert (result.cpu() - wanted).norm() <= bound
     torch.testing.assert_close(results[1].cpu().double(), exact[1], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="accesses are counted in the interpreter")
+@pytest.mark.parametrize(("regime", "reads"), [("held", 1), ("whole", 2), ("split", 2)])
+@each_layout
+def test_bytes_that_move(
+    regime: str, reads: int, last: bool, small_tiles: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A result is written once. Between two looks at a vector or at x lies at most what a cache keeps, so
+    that from the memory behind it each is read once; x by all tangents of a program together, where tiles
+    have partial sums."""
+    small_tiles(regime)
+    shape, count, tangents = Shape(3, 20, 2, (66,)), 5, 4
+    arguments = [None if t is None else t.float() for t in make_arguments(shape, count)]
+    vectors, x = (to_channels_last(t, dim) if last else t for t, dim in zip(arguments, (2, 1), strict=False))
+    out = torch.empty_like(vectors)
+    each = x[0].nbytes
+    monkeypatch.setattr(tangent_kernels, "CACHED", 2 * (1 + count) * each)
+    swept: list[int] = []
+
+    def noted(kernel: Any, grid: Any, arguments: Any, *rest: Any) -> None:
+        if kernel is tangent_kernels.group_norm_silu_sums_kernel:
+            swept.append(arguments["vectors"].nbytes + arguments["x"].nbytes)
+        run(kernel, grid, arguments, *rest)
+
+    run = tangent_kernels.run
+    monkeypatch.setattr(tangent_kernels, "run", noted)
+    with counted({"vectors": vectors, "x": x, "out": out}) as traffic:
+        group_norm_silu_tangent(vectors, x, *arguments[2:], shape.groups, True, out=out)
+    assert traffic["vectors"].reads == reads
+    assert traffic["out"].writes == 1
+    assert traffic["out"].reads == traffic["vectors"].writes == 0
+    if regime == "split":
+        assert traffic["x"].reads == 2 * -(-count // tangents)
+        assert len(swept) == 2
+        assert max(swept) <= tangent_kernels.CACHED
+    else:
+        assert traffic["x"].reads == 2 * count
+    x_out = torch.empty_like(x)
+    with counted({"x": x, "out": x_out}) as traffic:
+        group_norm_silu_forward(x, arguments[4], arguments[5], shape.groups, 1e-5, True, out=x_out)
+    assert (traffic["x"].reads, traffic["out"].writes, traffic["out"].reads) == (2, 1, 0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="accesses are counted in the interpreter")
+@pytest.mark.parametrize("kernel", ROW_KERNELS)
+def test_bytes_that_layer_norm_moves(kernel: Any) -> None:
+    """Each vector once in and once out; x once for four of them."""
+    vectors, x, *rest = (t.float() for t in make_row_arguments(Rows((2, 9), (77,)), 8))
+    out = torch.empty_like(vectors)
+    with counted({"vectors": vectors, "x": x, "out": out}) as traffic:
+        kernel(vectors, x, *rest, 1, out=out)
+    assert (traffic["vectors"].reads, traffic["out"].writes, traffic["x"].reads) == (1, 1, 2)
 
 
 @pytest.mark.parametrize("dtype", HALVES, ids=str)

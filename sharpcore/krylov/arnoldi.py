@@ -81,7 +81,7 @@ class _Arnoldi(Run):
             yield self._pairs(group, start, processed, size)
 
     def _pairs(self, group: Tensor, start: int, processed: int, size: int) -> Ritz:
-        h = self.krylov.projected[group, :size, :processed]
+        h = self.krylov.projected[group.to(self.krylov.projected.device), :size, :processed].cpu()
         square = h[:, :processed]
         # H is block triangular over a breakdown: the part since has eigenvalues of its own.
         closed, _ = _eig(square[:, :start, :start])
@@ -103,7 +103,7 @@ class _Arnoldi(Run):
             count = self.kept(size - processed)
             most = self.krylov.limit - 2 * (size - processed or self.plan.block)
             for i in group:
-                square = self.krylov.projected[i, :processed, :processed]
+                square = self.krylov.projected[int(i), :processed, :processed].cpu()
                 weights, closed = outermost(square, start, count, most, self.plan.which)
                 self.krylov.contract(i[None], weights[None], torch.tensor([closed]))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sharpcore.backends.reference.symmetric_eigen import MOST_EIGEN_ROWS
 from sharpcore.errors import InvalidInput
 from sharpcore.krylov.decomposition import Ritz, columns
 from sharpcore.krylov.operator import BatchedOperator, as_batched
@@ -89,11 +90,18 @@ class _Lanczos(Run):
     name = "block_lanczos"
 
     def pairs(self, samples: Tensor) -> Iterator[Ritz]:
-        for group, start, processed, size in self.krylov.groups(samples):
-            yield self._pairs(group, start, processed, size)
+        krylov = self.krylov
+        if not krylov.goes_ahead or int(krylov.processed[samples].max()) > MOST_EIGEN_ROWS:
+            for group, start, processed, size in krylov.groups(samples):
+                yield self._pairs(group, start, processed, size)
+            return
+        found = self._pairs_at_once(samples)
+        for group, _, processed, _ in krylov.groups(samples):
+            places = (samples[:, None] == group).any(1).nonzero().flatten()
+            yield found.of(places).leading(processed)
 
     def _pairs(self, group: Tensor, start: int, processed: int, size: int) -> Ritz:
-        h = self.krylov.projected[group, :size, :processed]
+        h = self.krylov.projected[group.to(self.krylov.projected.device), :size, :processed]
         symmetric = (h[:, :processed] + h[:, :processed].mT) / 2
         # The parts before and after a breakdown are diagonalized apart: equal eigenvalues must not mix them.
         parts = [torch.linalg.eigh(symmetric[:, a:b, a:b]) for a, b in ((0, start), (start, processed))]
@@ -105,8 +113,29 @@ class _Lanczos(Run):
         coupling = torch.linalg.vector_norm(image[:, processed:], dim=1)
         noise = torch.linalg.vector_norm(image[:, :processed] - weights * values[:, None, :], dim=1)
         noise = noise.hypot(self.krylov.carried(group, weights))
-        norm = values.abs().amax(1)
-        return Ritz(group, values, values, weights, noise, coupling.hypot(noise), order >= start, norm)
+        return _looked_at(group, values, weights, coupling, noise, order >= start)
+
+    def _pairs_at_once(self, samples: Tensor) -> Ritz:
+        """Those of all samples, wherever they stand, by the device's kernels: nothing waits but for one copy.
+
+        Beyond the rows that a sample has multiplied there are no pairs: values of zero without a vector.
+        """
+        krylov, count = self.krylov, int(self.krylov.processed[samples].max())
+        device = krylov.projected.device
+        places = torch.stack(
+            [samples, krylov.start[samples], krylov.processed[samples], krylov.sizes[samples]]
+        )
+        where, start, processed, sizes = places.to(device)
+        h, lost, rows = krylov.projected[where], krylov.lost[where], torch.arange(count, device=device)
+        # The parts before and after a breakdown are diagonalized apart: equal eigenvalues must not mix them.
+        later = rows >= start[:, None]
+        square = h[:, :count, :count]
+        symmetric = torch.where(later[:, :, None] == later[:, None, :], (square + square.mT) / 2, 0.0)
+        values, weights = krylov.kernels.symmetric_eigen(symmetric, processed)
+        values = values.masked_fill(rows >= processed[:, None], 0.0)
+        coupling, noise = krylov.kernels.ritz_residuals(h, lost, processed, sizes, values, weights)
+        fresh = (weights.ne(0) & later[:, :, None]).any(1)
+        return _looked_at(samples, values, weights, coupling, noise, fresh)
 
     def contract(self, samples: Tensor) -> None:
         for ritz in self.pairs(samples):
@@ -124,3 +153,12 @@ class _Lanczos(Run):
                 f"{int(samples[worst_one])} (allowed: {self.plan.symmetry_tolerance:.2g}). Take the "
                 "symmetric part, Hessian(...), or arnoldi for the Jacobian as it is"
             )
+
+
+def _looked_at(
+    samples: Tensor, values: Tensor, weights: Tensor, coupling: Tensor, noise: Tensor, fresh: Tensor
+) -> Ritz:
+    """Pairs [G, p] whose residuals have these parts; all but the weights come to the CPU, in one copy."""
+    found = torch.stack([values, noise, coupling.hypot(noise), fresh.to(values)]).cpu()
+    values, noise, residuals, fresh = found
+    return Ritz(samples, values, values, weights, noise, residuals, fresh != 0, values.abs().amax(1))

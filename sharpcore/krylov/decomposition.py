@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -11,20 +11,21 @@ from torch import Tensor
 
 from sharpcore.backends import get_backend
 from sharpcore.backends.reference.grow_basis import Growth
-from sharpcore.backends.reference.lanczos_step import NOT_FINITE, LanczosState
+from sharpcore.backends.reference.lanczos_step import NOT_FINITE
 from sharpcore.errors import InvalidInput, NonFiniteError
+from sharpcore.krylov.device_steps import COUNTERS, DeviceSteps
 from sharpcore.krylov.operator import BatchedOperator, closing_share
-from sharpcore.linearization import unchecked
 
 
 @dataclass(frozen=True)
 class Ritz:
     """Approximate eigenpairs of some samples that stand at the same place of the recursion.
 
-    On the CPU, as the projections are. `values` [G, p], ordered by `keys` ascending; `weights` [G, p, p]:
-    columns give the vectors in terms of the basis; `noise` [G, p]: the part of the residual that more steps
-    do not reduce (rounding and asymmetry of the products); `residuals` [G, p] all of it; `fresh` [G, p]: the
-    pair belongs to the sequence begun at the last breakdown; `norm` [G]: of the projection.
+    On the CPU but for the `weights` [G, p, p], which lie where the projections do: their columns give the
+    vectors in terms of the basis. `values` [G, p], ordered by `keys` ascending; `noise` [G, p]: the part of
+    the residual that more steps do not reduce (rounding and asymmetry of the products); `residuals` [G, p]
+    all of it; `fresh` [G, p]: the pair belongs to the sequence begun at the last breakdown; `norm` [G]: of
+    the projection.
     """
 
     samples: Tensor
@@ -40,6 +41,13 @@ class Ritz:
         """The pairs of a part of the samples."""
         return type(self)(*(getattr(self, field.name)[group] for field in fields(self)))
 
+    def leading(self, count: int) -> Ritz:
+        """The pairs at the first `count` places, whose vectors lie in as many rows of the basis."""
+        parts = {
+            name: getattr(self, name)[:, :count] for name in ("values", "keys", "noise", "residuals", "fresh")
+        }
+        return replace(self, **parts, weights=self.weights[:, :count, :count])
+
 
 class Decomposition:
     """Bases V_i of B problems with their projections H_i = V_i^T A_i V_i.
@@ -48,6 +56,9 @@ class Decomposition:
     A v_j = sum_m basis[i, m] projected[i, m, j] for j < p_i, up to `lost[i, j]` (deflated remainders, and
     what a restart leaves out). All columns are kept, not three blocks: H then tells how symmetric the
     operator is, and residuals are those of the products as they were computed.
+
+    Projections and `lost` lie on the CPU, or beside the bases where the device takes steps on its own
+    (`goes_ahead`); counters always on the CPU.
     """
 
     #: What has a place for every row of the bases, [B, M, ...].
@@ -55,9 +66,11 @@ class Decomposition:
 
     def __init__(self, samples: int, dimension: int, rows: int, block: int, device: torch.device) -> None:
         self.block, self.limit = block, min(rows, dimension)
+        self.kernels = get_backend("auto", device=device, dtype=torch.float64)
+        home = device if self.goes_ahead else torch.device("cpu")
         self.basis = torch.zeros(samples, rows, dimension, dtype=torch.float64, device=device)
-        self.projected = torch.zeros(samples, rows, rows, dtype=torch.float64)
-        self.lost = torch.zeros(samples, rows, dtype=torch.float64)
+        self.projected = torch.zeros(samples, rows, rows, dtype=torch.float64, device=home)
+        self.lost = torch.zeros(samples, rows, dtype=torch.float64, device=home)
         self.processed = torch.zeros(samples, dtype=torch.int64)
         self.sizes = torch.zeros(samples, dtype=torch.int64)
         self.start = torch.zeros(samples, dtype=torch.int64)  # where the last sequence begins
@@ -68,8 +81,10 @@ class Decomposition:
         self.frozen = torch.zeros(samples, dtype=torch.bool)
         self.norm = torch.zeros(samples, dtype=torch.float64)
         self.restarts = 0
-        self._kernels = get_backend("auto", device=device, dtype=torch.float64)
-        self._grow = self._kernels.grow_basis
+        self._grow = self.kernels.grow_basis
+        self.steps = (
+            DeviceSteps(self.basis, self.projected, self.lost, self.kernels) if self.goes_ahead else None
+        )
 
     def append(self, vectors: Tensor, samples: Tensor, *, sequence: bool = True) -> None:
         """Add the parts of `vectors` [K, B, d] that the bases of `samples` do not hold yet to the active
@@ -135,7 +150,7 @@ class Decomposition:
     @property
     def goes_ahead(self) -> bool:
         """Whether the device takes steps on its own: see `go_ahead`."""
-        return self._kernels.name == "cuda"
+        return self.kernels.name == "cuda"
 
     def go_ahead(self, operator: BatchedOperator, tolerance: float, steps: int) -> None:
         """Multiply and `extend` so many times without waiting for the device.
@@ -143,31 +158,24 @@ class Decomposition:
         There must be room for what that adds. A sequence that closes meanwhile waits for the end. Raises as
         the products and `observe` do, once all steps are done.
         """
-        device, names = self.basis.device, ("projected", "lost", *_STEPPED, "frozen")
-        state = LanczosState(
-            basis=self.basis,
-            **{name: getattr(self, name).to(device, copy=True) for name in names},
-            faults=torch.zeros(len(self.sizes), dtype=torch.int64, device=device),
+        assert self.steps is not None
+        found = self.steps.take(
+            operator,
+            self.active().to(operator.dtype).contiguous(),
+            {name: getattr(self, name) for name in (*COUNTERS, "norm")},
+            self.frozen,
+            tolerance=tolerance,
+            limit=self.limit,
+            steps=steps,
         )
-        block = self.active().to(device, operator.dtype).contiguous()
-        with unchecked():
-            for _ in range(steps):
-                block = self._kernels.lanczos_step(
-                    state,
-                    operator.multiply(block),
-                    share=closing_share(operator.rounding),
-                    tolerance=tolerance,
-                    limit=self.limit,
-                    out=torch.empty_like(block),
-                )
-        faults = state.faults.cpu()
+        faults = found.pop("faults")
         if bool((faults == NOT_FINITE).any()):
             sample = int((faults == NOT_FINITE).nonzero()[0])
             raise NonFiniteError(f"{operator.name}: NaN or infinity in a product of sample {sample}")
         if bool(faults.any()):
             raise InvalidInput(_OUT_OF_RANGE)
-        for name in names:
-            setattr(self, name, getattr(state, name).cpu())
+        for name, counter in found.items():
+            setattr(self, name, counter)
 
     def record(self, matrix: Tensor, lost: Tensor, growth: Growth, counts: Tensor, sizes: Tensor) -> Tensor:
         """Write a growth into the columns processed, processed + 1, ... of `matrix` [B, M, M]: coefficients
@@ -198,11 +206,11 @@ class Decomposition:
     def asymmetry(self, samples: Tensor) -> Tensor:
         """||H - H^T|| / ||H|| over the multiplied part, for `samples`; 0 for H = 0."""
         count = int(self.processed[samples].max())
-        h = self.projected[samples, :count, :count]
+        h = self.projected[samples.to(self.projected.device), :count, :count]
         inside = torch.arange(count) < self.processed[samples][:, None]
         h = h * (inside[:, :, None] & inside[:, None, :]).to(h)
         skew = torch.linalg.matrix_norm(h - h.mT)
-        return skew / torch.linalg.matrix_norm(h).clamp_min(torch.finfo(h.dtype).tiny)
+        return (skew / torch.linalg.matrix_norm(h).clamp_min(torch.finfo(h.dtype).tiny)).cpu()
 
     def groups(self, samples: Tensor) -> Iterator[tuple[Tensor, int, int, int]]:
         """`samples` in groups of those with equal (start, processed, size), which come with them."""
@@ -227,7 +235,7 @@ class Decomposition:
     def carried(self, group: Tensor, weights: Tensor) -> Tensor:
         """What combinations W [G, p, q] of the bases carry of `lost`, [G, q]: remainders of different vectors
         have nothing to do with each other, so that their squares add."""
-        lost = self.lost[group, : weights.shape[1], None]
+        lost = self.lost[group.to(self.lost.device), : weights.shape[1], None].to(weights.device)
         return torch.linalg.vector_norm(weights.abs() * lost, dim=1)
 
     def contract(self, group: Tensor, weights: Tensor, start: Tensor) -> None:
@@ -236,21 +244,22 @@ class Decomposition:
         The active block stays, after them; the last sequence begins at `start` [G] from now on. Thick restart
         of Wu and Simon, SIAM J. Matrix Anal. Appl. 22 (2000), and of Stewart's Krylov-Schur, 23 (2001).
         """
-        where = group.to(self.basis.device)
+        where, home = group.to(self.basis.device), group.to(self.projected.device)
+        weights = weights.to(self.projected.device)
         processed, count, size = *weights.shape[1:], int(self.sizes[group[0]])
         active = size - processed
-        image = self.projected[group, :size, :processed] @ weights
+        image = self.projected[home, :size, :processed] @ weights
         inner = weights.mT @ image[:, :processed]
         left_out = torch.linalg.vector_norm(image[:, :processed] - weights @ inner, dim=1)
         lost = left_out.hypot(self.carried(group, weights))
         following = self.basis[where, processed:size]
         self.basis[where, :count] = weights.mT.to(self.basis.device) @ self.basis[where, :processed]
         self.basis[where, count : count + active] = following
-        self.projected[group] = 0
-        self.projected[group, :count, :count] = inner
-        self.projected[group, count : count + active, :count] = image[:, processed:]
-        self.lost[group] = 0
-        self.lost[group, :count] = lost
+        self.projected[home] = 0
+        self.projected[home, :count, :count] = inner
+        self.projected[home, count : count + active, :count] = image[:, processed:]
+        self.lost[home] = 0
+        self.lost[home, :count] = lost
         self.processed[group] = count
         self.sizes[group] = count + active
         self.start[group] = start
@@ -277,8 +286,6 @@ _OUT_OF_RANGE = (
     "operator: expected one whose products have entries between 1e-140 and 1e140, as their squares must be "
     "float64 numbers: scale it"
 )
-# What a step changes beside the basis and its projections.
-_STEPPED = ("norm", "sizes", "processed", "multiplied", "deflated", "breakdowns")
 _COUNTERS = (
     "processed",
     "sizes",
@@ -295,4 +302,4 @@ _COUNTERS = (
 
 def columns(weights: Tensor, chosen: Tensor) -> Tensor:
     """The columns `chosen` [G, k] of weights [G, p, p], [G, p, k]."""
-    return weights.gather(2, chosen[:, None, :].expand(-1, weights.shape[1], -1))
+    return weights.gather(2, chosen.to(weights.device)[:, None, :].expand(-1, weights.shape[1], -1))

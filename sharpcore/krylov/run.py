@@ -126,10 +126,9 @@ class Run(ABC):
             everyone = torch.arange(op.samples)
             krylov.append(self._random(everyone, plan.block), everyone)
         while not bool(krylov.frozen.all()):
-            steps = self._steps_ahead()
-            if steps > 1:
+            if krylov.goes_ahead:
                 with self.saving():
-                    krylov.go_ahead(op, plan.tolerance, steps)
+                    krylov.go_ahead(op, plan.tolerance, self._steps_ahead())
             else:
                 with self.saving():
                     products = op.multiply(krylov.active())
@@ -148,9 +147,9 @@ class Run(ABC):
             self.checkpoint.unlink(missing_ok=True)
 
     def _steps_ahead(self) -> int:
-        """How many steps can go by before anything is decided: 1 where the device does not go ahead."""
+        """How many steps can go by before anything is decided."""
         krylov, op = self.krylov, self.op
-        if not krylov.goes_ahead or op.calls < 3:
+        if op.calls < 3:  # the first products show whether the operator is of the solver's kind
             return 1
         going = ~krylov.frozen
         sizes, processed = krylov.sizes[going], krylov.processed[going]
@@ -158,7 +157,7 @@ class Run(ABC):
         until_look = -(-(self.next_look[going] - processed) // width)
         room = (krylov.limit - sizes) // width
         left = (self.plan.max_products - op.products) // (self.products_a_vector * width)
-        return min(int(until_look.min()), int(room.min()), left)
+        return max(1, min(int(until_look.min()), int(room.min()), left))
 
     @contextmanager
     def saving(self) -> Iterator[None]:
@@ -413,8 +412,8 @@ class Run(ABC):
         along = (krylov.basis @ image.mT)[..., 0].cpu()
         # Beyond a basis there are rows of earlier ones, where others in the batch are longer.
         inside = torch.arange(krylov.basis.shape[1]) < krylov.sizes[:, None]
-        off = torch.linalg.vector_norm((along - krylov.projected[..., 0]) * inside, dim=1)
-        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0]
+        off = torch.linalg.vector_norm((along - krylov.projected[..., 0].cpu()) * inside, dim=1)
+        allowed = 1e3 * self.op.rounding * krylov.norm + krylov.lost[:, 0].cpu()
         if bool(((off > allowed) & known).any()):
             raise InvalidInput(
                 f"checkpoint: {self.checkpoint} is of another operator than this {self.op.name}"

@@ -55,7 +55,7 @@ _NATIVE: Mapping[Callable[..., Any], tuple[torch.dtype, ...]] = {
     lanczos_step: (torch.float64, torch.float32),
     symmetric_eigen: (torch.float64,),
     ritz_residuals: (torch.float64,),
-    philox_probes: (torch.float64, torch.float32, torch.bfloat16),
+    philox_probes: (torch.float64, torch.float32, torch.bfloat16, torch.float16),
 }
 
 KERNELS: Mapping[str, Callable[..., Any]] = {kernel.__name__: kernel for kernel in (*_TRITON, *_NATIVE)}

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from sharpcore.errors import InvalidInput
 
+# The largest matrices for which the cuda backend has a kernel.
+MOST_EIGEN_ROWS = 128
+
 
 class Eigen(NamedTuple):
     """Eigenpairs of G matrices of at most n rows."""
