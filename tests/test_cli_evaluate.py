@@ -49,7 +49,7 @@ def test_everything_is_in_the_report(tmp_path):
     result = run("evaluate", "--from-scores", scores, "-o", out, "--group-column", "tier", "--bootstrap", 50)
     assert result.exit_code == 0, result.output
     tables = ["auc_over_seeds.csv", "comparisons.csv", "evaluation.csv", "evaluation.json"]
-    pictures = ["auc_over_seeds.png", "auc_over_steps.png", "histogram.png", "roc.png"]
+    pictures = ["auc_over_seeds.png", "auc_over_steps.png", "histogram.png", "report.html", "roc.png"]
     assert sorted(os.listdir(out)) == sorted(tables + pictures)
     report = json.loads((out / "evaluation.json").read_bytes())
     assert [(e["metric"], e["step"], e["group"]) for e in report["evaluations"]] == [
