@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,9 +12,10 @@ from torch import Tensor
 
 from sharpcore import conditioning as text
 from sharpcore.arguments import check_prompts
+from sharpcore.autoencoder import decode_latents
 from sharpcore.backends import get_backend
 from sharpcore.branches import Branch, scale_model_input
-from sharpcore.detect import Detector, Evidence, State, compute_detectors, make_detectors
+from sharpcore.detect import Detector, Evidence, State, check_units, compute_detectors, make_detectors
 from sharpcore.errors import InvalidInput, UnsupportedModel
 from sharpcore.localization import HeatMap, check_maps, heat_maps
 from sharpcore.lowering import WeightCopies, check_precision
@@ -50,8 +53,8 @@ class SharpnessCallback:
         above it: the pipeline then ends at this step, with the latents as they are. `stopped_at` tells the
         step.
 
-    Each scored step costs one linearization and one product of the pair of branches beside the pipeline's own
-    work (without a metric that multiplies with the Hessian, one forward pass of the pair). Raises
+    Each scored step costs what the metrics do (`sharpcore detectors`), beside the pipeline's own work; the
+    defaults one linearization and one product of both branches. Raises
     InvalidInput for bad arguments, UnsupportedModel for a pipeline whose scores are not defined; when called,
     also NonFiniteError where a score is NaN or infinite.
     """
@@ -98,6 +101,7 @@ class SharpnessCallback:
         self.steps = frozenset(steps)
         self.units = units
         self.metrics = make_detectors(metrics, squared=squared)
+        check_units(self.metrics, units)
         self.prompts = [prompts] if isinstance(prompts, str) else prompts
         if self.prompts is not None:
             check_prompts(self.prompts, "raise")
@@ -151,6 +155,26 @@ class SharpnessCallback:
     def table(self) -> ScoreTable:
         """One row for each sample and scored step: `sample`, `step`, `timestep` and the metrics."""
         return ScoreTable(self.rows)
+
+    def save_maps(self, folder: str | Path, latents: Tensor | None = None) -> list[Path]:
+        """Write the heat maps to a folder, an .npz file and a picture each; returns the pictures' paths.
+
+        With the finished latents [B, C, H, W] (those of the last callback, or of `output_type="latent"`) the
+        maps lie over the decoded images. Raises InvalidInput where there are no maps.
+        """
+        if not self.heat_maps:
+            raise InvalidInput("maps: there are none; name metrics in maps=, and generate")
+        images = None if latents is None else decode_latents(self.pipe, latents)
+        written = []
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        for part in self.heat_maps:
+            if images is not None:
+                part = replace(part, image=images[part.sample])
+            path = Path(folder) / f"{part.metric}_step{part.step}_sample{part.sample}.png"
+            part.save(path.with_suffix(".npz"))
+            part.plot(path)
+            written.append(path)
+        return written
 
     def _start(self, latents: Tensor) -> None:
         """A new generation: its own rows, and nothing kept of networks that may have changed."""
@@ -224,16 +248,21 @@ class SharpnessCallback:
             row: dict[str, Any] = {"sample": sample, "step": step, "timestep": float(t)}
             row.update((d.name, computed[d.name][sample] if d in here else None) for d in self.metrics)
             self.rows.append(row)
-        self.heat_maps += heat_maps([d for d in here if d.name in self.mapped], evidence, self.pipe)
+        mapped = [detector for detector in here if detector.name in self.mapped]
+        self.heat_maps += heat_maps(mapped, evidence, self.pipe, prompts=self._prompts_of(count))
         watched = computed.get(self.threshold_metric)
         if self.threshold is not None and watched is not None and max(watched) > self.threshold:
             self.stopped_at = step
 
+    def _prompts_of(self, count: int) -> list[str] | None:
+        """Of each sample, where they are known; all images of a prompt lie together."""
+        if self.prompts is None:
+            return None
+        return [prompt for prompt in self.prompts for _ in range(count // len(self.prompts))]
+
     def _end_tokens(self, count: int) -> list[int]:
-        """Of each sample's prompt; all images of a prompt lie together."""
-        assert self.prompts is not None
-        images = count // len(self.prompts)
-        return [text.end_token(self.pipe, prompt) for prompt in self.prompts for _ in range(images)]
+        """Of each sample's prompt."""
+        return [text.end_token(self.pipe, prompt) for prompt in self._prompts_of(count) or ()]
 
     def _conditionings(
         self, tensors: dict[str, Any], latents: Tensor

@@ -30,6 +30,7 @@ from sharpcore.trajectory import (
     pixels,
     seeded_generators,
     trajectory_scheduler,
+    warn_if_cut,
 )
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class HeatMap:
                 arrays[name] = tensor.numpy()
         facts = ("metric", "step", "timestep", "sample", "scale", "prompt", "seed")
         arrays |= {name: np.asarray(getattr(self, name)) for name in facts if getattr(self, name) is not None}
-        np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+        with open(path, "wb") as file:  # under this very name, whatever its extension
+            np.savez_compressed(file, **arrays)  # type: ignore[arg-type]
 
     @classmethod
     def load(cls, path: str | Path) -> HeatMap:
@@ -195,7 +197,8 @@ def localize(
     at = {step: [d for d in detectors if step in d.steps(asked, count)] for step in range(count)}
     wanted = [step for step, here in at.items() if here] + [count] * decode
     found: list[HeatMap] = []
-    for prompt in several:
+    for index, prompt in enumerate(several):
+        warn_if_cut(pipe, index, prompt)
         conditional, unconditional = network.conditionings([prompt] * len(numbers), shape)
         scheduler, generators = trajectory_scheduler(pipe, num_inference_steps), seeded_generators(numbers)
         latents = initial_latents(pipe, generators, scheduler, shape)
@@ -208,7 +211,9 @@ def localize(
             if step == count:
                 image = decode_latents(pipe, x)
                 continue
-            evidence = network.evidence(scheduler, step, t, x, numbers, conditional, unconditional, prompt)
+            evidence = network.evidence(
+                scheduler, step, t, x, numbers, conditional, unconditional, prompt, at[step]
+            )
             maps += heat_maps(at[step], evidence, pipe, prompts=[prompt] * len(numbers), seeds=numbers)
         found += maps if image is None else [replace(part, image=image[part.sample]) for part in maps]
     return found
@@ -247,8 +252,13 @@ def localize_images(
         raise InvalidInput(f"images: expected a tensor [B, 3, height, width]; got {found}")
     if images.shape[2] % factor or images.shape[3] % factor:
         raise InvalidInput(f"images: expected sides that {factor} divides; got {list(images.shape[2:])}")
+    if not images.is_floating_point():
+        raise InvalidInput(f"images: expected a floating dtype, numbers in 0 to 1; got {images.dtype}")
     if not bool(torch.isfinite(images).all()):
         raise NonFiniteError("images: expected finite numbers; got NaN or infinity")
+    if float(images.min()) < -1e-3 or float(images.max()) > 1 + 1e-3:
+        low, high = float(images.min()), float(images.max())
+        raise InvalidInput(f"images: expected numbers in 0 to 1; got {low:g} to {high:g}")
     if len(several) not in (1, len(images)):
         raise InvalidInput(f"prompts: expected 1 or {len(images)}, one for each image; got {len(several)}")
     scheduler = pipe.scheduler
@@ -263,7 +273,9 @@ def localize_images(
         )
         x = alpha * clean + sigma * noise.to(clean)
         conditional, unconditional = network.conditionings([prompt] * len(numbers), shape)
-        evidence = network.evidence(scheduler, None, t, x, numbers, conditional, unconditional, prompt)
+        evidence = network.evidence(
+            scheduler, None, t, x, numbers, conditional, unconditional, prompt, detectors
+        )
         parts = heat_maps(detectors, evidence, pipe, prompts=[prompt] * len(numbers))
         for detector in detectors:
             own = [part for part in parts if part.metric == detector.name]
@@ -365,26 +377,28 @@ class _Network:
         conditional: text.Conditioning,
         unconditional: text.Conditioning,
         prompt: str,
+        detectors: Sequence[Detector],
     ) -> Evidence:
         timestep = t.to(x.device).expand(len(x))
         first, second = self._branches
-        return Evidence(
-            State(
-                network=self.pipe.unet,
-                scheduler=scheduler,
-                step=step,
-                x=x,
-                timestep=timestep,
-                seeds=seeds,
-                conditional=conditional,
-                unconditional=unconditional,
-                with_prompt=lambda: Linearized(first.at(x, timestep, conditional)),
-                without=lambda: Linearized(second.at(x, timestep, unconditional)),
-                units=self.units,
-                end_tokens=[text.end_token(self.pipe, prompt)] * len(x),
-                embedding_branch=self._embedding,
-            )
+        state = State(
+            network=self.pipe.unet,
+            scheduler=scheduler,
+            step=step,
+            x=x,
+            timestep=timestep,
+            seeds=seeds,
+            conditional=conditional,
+            unconditional=unconditional,
+            units=self.units,
+            end_tokens=[text.end_token(self.pipe, prompt)] * len(x),
+            reads_attention=any(detector.needs_attention for detector in detectors),
+            embedding_branch=self._embedding,
         )
+        if any(detector.needs_product for detector in detectors):
+            state.with_prompt = lambda: Linearized(first.at(x, timestep, conditional))
+            state.without = lambda: Linearized(second.at(x, timestep, unconditional))
+        return Evidence(state)
 
 
 def _detectors(metrics: Sequence[str | Detector]) -> list[Detector]:

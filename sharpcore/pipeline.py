@@ -23,7 +23,16 @@ from sharpcore.arguments import (
 )
 from sharpcore.backends import get_backend
 from sharpcore.branches import Branch, advance, scale_model_input
-from sharpcore.detect import Cost, Detector, Evidence, State, compute_detectors, cost_of, make_detectors
+from sharpcore.detect import (
+    Cost,
+    Detector,
+    Evidence,
+    State,
+    check_units,
+    compute_detectors,
+    cost_of,
+    make_detectors,
+)
 from sharpcore.errors import InvalidInput, NonFiniteError, OutOfMemory
 from sharpcore.fingerprint import fingerprint
 from sharpcore.linearization import Linearization
@@ -76,6 +85,11 @@ class _Plan:
     def products_at(self) -> tuple[int, ...]:
         """The steps at which a detector multiplies with a Jacobian."""
         return tuple(step for step in self.steps if any(d.needs_product for d in self.at(step)))
+
+    @property
+    def linearizes(self) -> bool:
+        """Whether a network is linearized, in its latent or in its embedding."""
+        return bool(self.products_at) or any(detector.needs_embedding for detector in self.detectors)
 
     @property
     def dimension(self) -> int:
@@ -243,6 +257,7 @@ class SharpnessScorer:
         if latent_size is not None:
             height, width = check_latent_size(latent_size)
         made = tuple(make_detectors(metrics, squared=squared))
+        check_units(made, units)
         count = len(self.timesteps)
         return _Plan(steps, count, seeds, made, units, (channels, height, width))
 
@@ -331,7 +346,7 @@ class SharpnessScorer:
             self._forget()
             self._state = state
         self._shared.keep_only(plan.seeds)
-        if not plan.products_at or self._memory is not None:
+        if not plan.linearizes or self._memory is not None:
             return
         try:
             # One sample alone, before a whole batch is tried; its prediction is kept.
@@ -368,12 +383,13 @@ class SharpnessScorer:
     def _capacity(self, plan: _Plan) -> int:
         """How many samples one batch may have."""
         most = self._most_samples or max(len(plan.seeds), _SAMPLES.get(self._device.type, _SAMPLES["cpu"]))
-        if self._memory is None or not plan.products_at:
+        if self._memory is None or not plan.linearizes:
             return most
         budget, sample = self._memory
-        # Beside the residuals with the prompt, those without stay: of the first step, of later ones, or of
-        # both; and those of the embedding.
-        kept = 1 + (0 in plan.products_at) + (max(plan.products_at) > 0)
+        # Residuals with the prompt; without it those of the first step (of this call or of one before it) and
+        # those of later steps; those of the embedding.
+        kept = bool(plan.products_at) + any(step > 0 for step in plan.products_at)
+        kept += 0 in plan.products_at or self._shared.linearized
         kept += any(detector.needs_embedding for detector in plan.detectors)
         return max(1, int(min(most, budget / (sample * (kept + _WORKSPACE)))))
 

@@ -69,6 +69,11 @@ class SharedBranch:
                 self._predictions.update(zip(part, lin.value, strict=True))
         return [lin for _, lin in self._parts]
 
+    @property
+    def linearized(self) -> bool:
+        """Whether residuals are kept."""
+        return bool(self._parts)
+
     def drop_linearizations(self) -> None:
         """Free the residuals; predictions stay."""
         self._parts, self.products = [], {}

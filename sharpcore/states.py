@@ -12,6 +12,8 @@ from sharpcore.errors import InvalidInput
 from sharpcore.linearization import Linearization
 from sharpcore.lowering import rounding_of
 
+_NOT_LINEARIZED = "this detector multiplies with a Jacobian but does not declare needs_product"
+
 
 class Side:
     """One branch at a state: its prediction [B, ...], and products of its Jacobian with vectors [K, B, ...].
@@ -21,16 +23,19 @@ class Side:
     """
 
     value: Tensor
-    #: The relative rounding of a product.
-    rounding: float
+
+    @property
+    def rounding(self) -> float:
+        """The relative rounding of a product."""
+        raise InvalidInput(_NOT_LINEARIZED)
 
     def jvp(self, vectors: Tensor, common: Hashable = None) -> Tensor:
         """The Jacobian times K vectors of each sample, [K, B, ...] in and out."""
-        raise InvalidInput("this detector multiplies with a Jacobian but does not declare needs_product")
+        raise InvalidInput(_NOT_LINEARIZED)
 
     def vjp(self, cotangents: Tensor) -> Tensor:
         """The transposed Jacobian times K vectors of each sample, [K, B, ...] in and out."""
-        raise InvalidInput("this detector multiplies with a Jacobian but does not declare needs_product")
+        raise InvalidInput(_NOT_LINEARIZED)
 
 
 class Predicted(Side):
@@ -45,8 +50,11 @@ class Linearized(Side):
 
     def __init__(self, linearization: Linearization) -> None:
         self.value = linearization.value
-        self.rounding = rounding_of(linearization.precision, linearization.x.dtype)
         self._linearization = linearization
+
+    @property
+    def rounding(self) -> float:
+        return rounding_of(self._linearization.precision, self._linearization.x.dtype)
 
     def jvp(self, vectors: Tensor, common: Hashable = None) -> Tensor:
         return self._linearization.jvp(vectors)
@@ -64,8 +72,11 @@ class SharedSide(Side):
 
     def __init__(self, parts: Sequence[Linearization], prompts: int, known: dict[Hashable, Tensor]) -> None:
         self.value = torch.cat([part.value for part in parts]).repeat(prompts, 1, 1, 1)
-        self.rounding = rounding_of(parts[0].precision, parts[0].x.dtype)
         self._parts, self._prompts, self._known = parts, prompts, known
+
+    @property
+    def rounding(self) -> float:
+        return rounding_of(self._parts[0].precision, self._parts[0].x.dtype)
 
     def jvp(self, vectors: Tensor, common: Hashable = None) -> Tensor:
         if common is None:

@@ -266,6 +266,8 @@ def test_a_detector_costs_what_it_says(sd2_pipe, counted, name):
         # An upper bound of products; the unconditional branch is linearized once to learn its memory.
         assert counted.products <= products
         assert passes <= counted.forwards <= passes + 1
+    elif name == "condition_jacobian":
+        assert (counted.forwards, counted.products) == (passes + 1, products)
     else:
         assert (counted.forwards, counted.products) == (passes, products)
     # Of further prompts only their own part.
@@ -312,7 +314,7 @@ def test_units(pipe):
     for name, power in zip(names, (1, 1, 1, 2), strict=True):
         sign = -1 if name == "curvature_difference" else 1
         assert score[name] * sigma**power == pytest.approx(sign * eps[name], rel=1e-9)
-    with pytest.raises(InvalidInput, match='a spectrum is one in "score" units'):
+    with pytest.raises(InvalidInput, match='units: negative_fraction is defined in "score" units'):
         SharpnessScorer(pipe)(PROMPTS[:1], seeds=1, metrics=["negative_fraction"], units="eps")
 
 

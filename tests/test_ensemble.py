@@ -122,6 +122,8 @@ def test_groups_that_are_too_small():
         fit_ensemble(few)
     with pytest.raises(InvalidInput, match="folds: expected at most"):
         cross_validated(features, folds=11)
+    with pytest.raises(InvalidInput, match="folds: expected an integer of at least 2"):
+        cross_validated(features, folds=1)
 
 
 def test_a_cascade_spends_on_the_undecided():
@@ -142,6 +144,16 @@ def test_a_cascade_spends_on_the_undecided():
     np.testing.assert_array_equal(cascade.flagged(cheap, hidden), cascade.flagged(cheap, expensive))
     costs = {"m0@0": Cost(passes=2), "m1@0": Cost(passes=2, products=10)}
     assert cascade.expected_cost(cheap, costs) == pytest.approx(2 + 10 * undecided.mean())
+
+
+def test_a_cascade_of_ties_or_of_nobody():
+    features = made_features(40)
+    few = fit_cascade(features, "m0@0", "m1@0", undecided=0.01)
+    assert not few.undecided(features.values[:, 0]).any()
+    tied = dataclasses.replace(
+        features, values=np.c_[np.round(features.values[:, 0]), features.values[:, 1:]]
+    )
+    assert fit_cascade(tied, "m0@0", "m1@0", undecided=0.3).undecided(tied.values[:, 0]).mean() <= 0.3
 
 
 def test_limits_of_a_cascade():

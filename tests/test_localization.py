@@ -138,16 +138,18 @@ def test_a_detector_without_a_map(tiny_pipe):
         localize(tiny_pipe, PROMPT, metrics=["p_laplace"])
 
 
-def test_the_callback_keeps_maps(tiny_pipe):
+def test_the_callback_keeps_maps(tiny_pipe, tmp_path):
     callback = SharpnessCallback(
         tiny_pipe, steps=(2,), metrics=["score_difference", "bright_ending"], prompts=PROMPT,
         maps=["score_difference", "bright_ending"], latents=latent(42),
     )  # fmt: skip
+    with pytest.raises(InvalidInput, match="maps: there are none"):
+        callback.save_maps(tmp_path)
     with torch.no_grad():
-        tiny_pipe(
+        made = tiny_pipe(
             PROMPT, num_inference_steps=4, height=32, width=32, output_type="latent", latents=latent(42),
             callback_on_step_end=callback, callback_on_step_end_tensor_inputs=callback.tensor_inputs,
-        )  # fmt: skip
+        ).images  # fmt: skip
     expected = localize(
         tiny_pipe, PROMPT, metrics=["score_difference", "bright_ending"], steps=(2,), num_inference_steps=4,
         decode=False,
@@ -155,6 +157,12 @@ def test_the_callback_keeps_maps(tiny_pipe):
     assert [(m.metric, m.step) for m in callback.heat_maps] == [(m.metric, m.step) for m in expected]
     for ours, theirs in zip(callback.heat_maps, expected, strict=True):
         torch.testing.assert_close(ours.latent, theirs.latent, rtol=1e-4, atol=1e-6)
+    assert {part.prompt for part in callback.heat_maps} == {PROMPT}
+    pictures = callback.save_maps(tmp_path / "maps", made)
+    assert [path.name for path in pictures] == [
+        "score_difference_step2_sample0.png", "bright_ending_step3_sample0.png",
+    ]  # fmt: skip
+    assert HeatMap.load(pictures[0].with_suffix(".npz")).image.shape == (3, 32, 32)
     rows = callback.table().rows
     assert [(row["step"], row["bright_ending"] is None) for row in rows] == [(2, True), (3, False)]
     with pytest.raises(InvalidInput, match="prompts: bright_ending needs them"):

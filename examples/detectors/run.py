@@ -2,8 +2,8 @@
 
     python examples/detectors/run.py --out detectors-output
 
-scores the 60 memorized and 120 other prompts of the model with all detectors, and writes the scores, a table
-detectors.csv and what limits the ensemble to the folder. It can be stopped and run again with --resume.
+scores the 60 memorized and 120 other prompts of the model with all detectors, and writes the scores and a
+table detectors.csv to the folder. It can be stopped and run again with --resume.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _score(
     asked: argparse.Namespace,
 ) -> ScoreTable:
     options = ["--metrics", ",".join(metrics), "--steps", steps, "--seeds", str(seeds)]
-    options += ["--resume" if asked.resume and output.parent.exists() else "--overwrite"]
+    options += ["--resume" if asked.resume else "--overwrite"]
     app(["score", str(prompts), "-o", str(output), *options], standalone_mode=False)
     return ScoreTable.read(output)
 

@@ -18,6 +18,7 @@ from sharpcore.detect.condition_jacobian import ConditionJacobian
 from sharpcore.detect.curvature_difference import CurvatureDifference, CurvatureProxy
 from sharpcore.detect.detector import Cost as Cost
 from sharpcore.detect.detector import Detector as Detector
+from sharpcore.detect.detector import check_units as check_units
 from sharpcore.detect.detector import cost_of as cost_of
 from sharpcore.detect.evidence import Evidence as Evidence
 from sharpcore.detect.evidence import State as State

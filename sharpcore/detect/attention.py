@@ -4,6 +4,7 @@ time."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,11 +46,12 @@ def reading_attention(
     probabilities are not a softmax of queries times keys.
     """
     found: list[LayerAttention] = []
+    thread = threading.get_ident()  # passes of others through the same network are not looked at
 
     def hook(name: str) -> Any:
         def read(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             context = args[1] if len(args) > 1 else kwargs.get("encoder_hidden_states")
-            if context is None:
+            if context is None or threading.get_ident() != thread:
                 return
             hidden = args[0] if args else kwargs["hidden_states"]
             mask = kwargs.get("attention_mask")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from sharpcore.errors import InvalidInput
+
 if TYPE_CHECKING:
     from sharpcore.detect.evidence import Evidence
 
@@ -55,6 +57,8 @@ class Detector:
     source: ClassVar[str]
     #: Whether it multiplies with the Jacobian of a branch in the latent, so that the branch is linearized.
     needs_product: ClassVar[bool] = False
+    #: Whether it is defined in score units alone.
+    needs_score_units: ClassVar[bool] = False
     #: Whether it differentiates in the prompt's embedding.
     needs_embedding: ClassVar[bool] = False
     #: Whether it reads cross-attention.
@@ -85,8 +89,9 @@ class Detector:
         return None
 
     def options(self) -> dict[str, object]:
-        """The options it was made with."""
-        return dict(vars(self))
+        """The options it was made with: its attributes that are numbers, text or flags."""
+        plain = (bool, int, float, str, type(None))
+        return {name: value for name, value in vars(self).items() if isinstance(value, plain)}
 
 
 def cost_of(
@@ -112,6 +117,13 @@ def cost_of(
         here = sum(parts.values(), Cost())
         total += here if step == 0 else Cost(here.passes, here.products)
     return total
+
+
+def check_units(detectors: Iterable[Detector], units: str) -> None:
+    """Raise InvalidInput where a detector is not defined in these units."""
+    for detector in detectors:
+        if detector.needs_score_units and units != "score":
+            raise InvalidInput(f'units: {detector.name} is defined in "score" units; got {units!r}')
 
 
 def sample_norms(x: Tensor) -> Tensor:

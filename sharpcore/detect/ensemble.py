@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from sharpcore.arguments import is_integer
 from sharpcore.detect.detector import Cost
 from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.table import ScoreTable
@@ -103,7 +104,7 @@ class Ensemble:
                 name: tuple(value) if isinstance(value, list) else value for name, value in content.items()
             }
             return cls(**content)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InvalidInput(f"{path}: expected an ensemble that `save` wrote ({error})") from error
 
 
@@ -124,6 +125,8 @@ def cross_validated(features: Features, *, folds: int = 10, seed: int = 0) -> Fl
     What an honest evaluation of the ensemble starts from. Raises as `fit_ensemble` does.
     """
     labels = _labels(features)
+    if not is_integer(folds) or folds < 2:
+        raise InvalidInput(f"folds: expected an integer of at least 2; got {folds!r}")
     splits = _sklearn().model_selection.StratifiedKFold(folds, shuffle=True, random_state=seed)
     if min(labels.sum(), (~labels).sum()) < folds:
         raise InvalidInput(f"folds: expected at most the prompts of either kind; got {folds}")
@@ -191,7 +194,12 @@ def fit_cascade(
     allowed = int(fpr / 2 * (~labels).sum())
     high = float(np.sort(first[~labels])[::-1][allowed])
     order = np.sort(first[first <= high])
-    low = float(order[max(0, len(order) - int(undecided * len(first)))])
+    count = min(int(undecided * len(first)), len(order))
+    # A score that is as high as the next one below stays out: ties would make the share larger.
+    below = order[len(order) - count - 1] if count < len(order) else -np.inf
+    chosen = order[len(order) - count :]
+    chosen = chosen[chosen > below]
+    low = float(chosen[0]) if len(chosen) else float(np.nextafter(high, np.inf))
     between = (first >= low) & (first <= high) & ~labels
     rest = np.sort(second[between])[::-1]
     threshold = float(rest[min(allowed, len(rest) - 1)]) if len(rest) else float(second.min())

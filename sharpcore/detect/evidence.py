@@ -188,8 +188,6 @@ class Evidence:
         of `sharpcore.eigenvalues.Numbers`."""
         from sharpcore.eigenvalues import Numbers, compute
 
-        if self.state.units != "score":
-            raise InvalidInput(f'units: a spectrum is one in "score" units; got {self.state.units!r}')
         key = ("spectrum", *sorted(how.items()))
         return self.once(key, lambda: compute(EvidenceCurvature(self), Numbers(**how), lambda: None))
 
@@ -265,7 +263,7 @@ class Evidence:
         """What the cross-attention layers do with the prompt, in their order: read in the pass of the
         prediction, or in one of its own where that was no pass of the network."""
         state = self.state
-        if self._readings is None:
+        if self._readings is None and state.with_prompt is None:
             _ = self.with_prompt
         if self._readings is None:
             with self._reading(slice(None)):

@@ -25,6 +25,7 @@ class SpectrumFeature(Detector):
     """
 
     needs_product = True
+    needs_score_units = True
     column = ""
 
     def __init__(

@@ -16,8 +16,8 @@ from sharpcore.repair.method import Repair, check_positive
 from sharpcore.repair.samples import Samples
 from sharpcore.repair.tokens import prompt_lengths
 
-# Set in the thread that generates: the hooks leave the passes of others through the same network alone.
-_factor: ContextVar[float | None] = ContextVar("factor", default=None)
+# The run of the thread that generates: its hooks leave the passes of others through the same network alone.
+_run: ContextVar[object] = ContextVar("run", default=None)
 
 
 @dataclass(frozen=True)
@@ -66,15 +66,22 @@ class AttentionRescaling(Repair):
         """Multiply the beginning token's keys while the samples are generated."""
         keys = [_keys_of(name, module) for name, module in _cross_attentions(samples.pipe.unet)]
         handles = []
-        token = _factor.set(self.factor)
+        run = object()
+        token = _run.set(run)
+
+        def rescale(projection: torch.nn.Module, inputs: Any, keys: Tensor) -> Tensor:
+            if _run.get() is not run:
+                return keys
+            return torch.cat([self.factor * keys[:, :1], keys[:, 1:]], 1)
+
         try:
             for projection in keys:
-                handles.append(projection.register_forward_hook(_rescale))
+                handles.append(projection.register_forward_hook(rescale))
             yield
         finally:
             for handle in handles:
                 handle.remove()
-            _factor.reset(token)
+            _run.reset(token)
 
 
 def _cross_attentions(unet: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -95,8 +102,3 @@ def _keys_of(name: str, attention: Any) -> torch.nn.Module:
     if getattr(attention, "norm_k", None) is not None:
         raise UnsupportedModel(f"{name}: its keys are normalized, so that multiplying them changes nothing")
     return attention.to_k
-
-
-def _rescale(projection: torch.nn.Module, inputs: Any, keys: Tensor) -> Tensor:
-    factor = _factor.get()
-    return keys if factor is None else torch.cat([factor * keys[:, :1], keys[:, 1:]], 1)

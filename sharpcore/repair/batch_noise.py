@@ -89,7 +89,8 @@ class BatchNoise(Repair):
 
 
 def _note(samples: Samples, difference: Tensor) -> Tensor:
-    norms = squared_norms(difference).sqrt()
+    # Where the prompt moves nothing there is no direction: nothing is moved.
+    norms = squared_norms(difference).sqrt().clamp_min(torch.finfo(difference.dtype).tiny)
     for path, value in zip(samples.path, norms.tolist(), strict=True):
         path.append(value)
     return norms.to(difference.dtype).reshape(-1, *[1] * (difference.dim() - 1))

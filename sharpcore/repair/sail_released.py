@@ -63,7 +63,8 @@ class SailReleased(Repair):
                 # The same values as of the drawn noise, the gradient as of the present one.
                 first = x if self.renew_direction else x + (samples.seen(drawn[list(rows)]) - x).detach()
                 along = samples.difference(first, rows, units="eps")
-                unit = along / squared_norms(along).sqrt().to(x.dtype).reshape(-1, *[1] * (x.dim() - 1))
+                norms = squared_norms(along).sqrt().to(x.dtype).clamp_min(torch.finfo(x.dtype).tiny)
+                unit = along / norms.reshape(-1, *[1] * (x.dim() - 1))
                 there = samples.difference(x + unit, rows, units="eps")
                 loss = squared_norms(there).sqrt() + self.alpha * squared_norms(noise).sqrt()
             gradient = gradient_of(loss, noise, rows, samples, 4) if wanted else None
