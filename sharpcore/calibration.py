@@ -184,8 +184,9 @@ class Calibration:
             extended = {name: value for name, value in row.items() if name != "error"}
             for metric in metrics:
                 score = row.get(metric)
-                known = score is not None and (metric, row["step"]) in self.negatives
-                p = float(self.p_value(score, metric, row["step"])) if known else None
+                p = None
+                if score is not None and (metric, row["step"]) in self.negatives:
+                    p = float(self.p_value(score, metric, row["step"]))
                 extended |= {f"{metric}_p": p, f"{metric}_flagged": None if p is None else p <= fpr}
             decided.append(extended | {"error": row.get("error")})
         return decided
