@@ -177,16 +177,14 @@ class Calibration:
 
     def decided(self, rows: Iterable[Row], metrics: Sequence[str], *, fpr: float) -> list[Row]:
         """Rows of a table of scores with `<metric>_p` and `<metric>_flagged` before their `error`; None where
-        there is no score, or no calibration of this metric at this step."""
+        there is no score."""
         _check_rate(fpr, "fpr")
         decided = []
         for row in rows:
             extended = {name: value for name, value in row.items() if name != "error"}
             for metric in metrics:
                 score = row.get(metric)
-                p = None
-                if score is not None and (metric, row["step"]) in self.negatives:
-                    p = float(self.p_value(score, metric, row["step"]))
+                p = None if score is None else float(self.p_value(score, metric, row["step"]))
                 extended |= {f"{metric}_p": p, f"{metric}_flagged": None if p is None else p <= fpr}
             decided.append(extended | {"error": row.get("error")})
         return decided

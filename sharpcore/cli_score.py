@@ -156,6 +156,9 @@ def write_scores(
     }
     if calibration is not None:
         calibration.check(settings)
+        places = [(d.name, step) for d in detectors for step in d.steps(steps, len(scorer.timesteps))]
+        for metric, step in places:
+            calibration.at(metric, step)  # says which there are, before anything is scored
         settings["calibration"] = {"checksum": calibration.checksum, "fpr": fpr}
         _say_what_cannot_be_flagged(calibration, metrics, rows_at, fpr)
     timesteps = [float(scorer.timesteps[step]) for step in rows_at]
