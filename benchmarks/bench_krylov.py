@@ -75,11 +75,11 @@ def test_krylov_one(table: Table, benchmark: Any) -> None:
 
 
 def test_krylov_batch(table: Table, benchmark: Any) -> None:
-    """Rivals have no batch: the fastest of them for one sample solve for one after the other."""
+    """Rivals have no batch: they solve for one sample after the other. lobpcg reaches no residuals of one."""
     hessians, samples = _hessians(BATCH), tuple(range(BATCH))
     table.turns = min(table.turns, 3)
     _add_ours(table, hessians, None, 1, 2, 4)
-    for name in ("eigsh", "eigsh, ncv=60", "PRIMME, blocks of 10"):
+    for name in ("eigsh", "PRIMME, blocks of 10"):
         _add_rival(table, hessians, name, samples)
     benchmark.pedantic(table.measure, rounds=1)
 
