@@ -9,7 +9,7 @@ import pytest
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 
-from sharpcore import InvalidInput, ScoreTable
+from sharpcore import InvalidInput, ScoreTable, SharpnessScorer
 from sharpcore.detect import Cost
 from sharpcore.detect.ensemble import (
     Cascade,
@@ -144,6 +144,27 @@ def test_a_cascade_spends_on_the_undecided():
     np.testing.assert_array_equal(cascade.flagged(cheap, hidden), cascade.flagged(cheap, expensive))
     costs = {"m0@0": Cost(passes=2), "m1@0": Cost(passes=2, products=10)}
     assert cascade.expected_cost(cheap, costs) == pytest.approx(2 + 10 * undecided.mean())
+
+
+def test_a_cascade_runs_the_expensive_detector_where_it_must(sd2_pipe, work):
+    """Three prompts, of which the limits leave one undecided."""
+    prompts = ["a thin zero", "a bold three", "a slanted seven"]
+    scorer = SharpnessScorer(sd2_pipe)
+    rows = scorer(prompts, seeds=2).rows
+    cheap = np.array([row["score_difference"] for row in rows])
+    middle = float(np.sort(cheap)[1])
+    threshold = next(row["hessian_score_difference"] for row in rows if row["score_difference"] == middle) / 2
+    cascade = Cascade(
+        "score_difference@0", "hessian_score_difference@0", 0.999 * middle, 1.001 * middle, threshold
+    )
+    work.reset()
+    found = cascade.decide(scorer, prompts, seeds=2)
+    assert work.products == 2 * 2  # of one prompt: both branches, two seeds
+    assert [decision.prompt for decision in found] == prompts
+    for decision, row in zip(found, rows, strict=True):
+        assert decision.cheap == pytest.approx(row["score_difference"], rel=1e-5)
+        assert (decision.expensive is not None) == (row["score_difference"] == middle)
+        assert decision.flagged == (row["score_difference"] >= middle)
 
 
 def test_a_cascade_of_ties_or_of_nobody():

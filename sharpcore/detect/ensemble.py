@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from sharpcore.arguments import is_integer
 from sharpcore.detect.detector import Cost
 from sharpcore.errors import InvalidInput, MissingDependency
 from sharpcore.table import ScoreTable
+
+if TYPE_CHECKING:
+    from sharpcore.pipeline import SharpnessScorer
 
 Floats = NDArray[np.float64]
 _VERSION = 1
@@ -139,6 +142,17 @@ def cross_validated(features: Features, *, folds: int = 10, seed: int = 0) -> Fl
 
 
 @dataclass(frozen=True)
+class Decision:
+    """What a cascade decided of a prompt, and by which scores; the expensive one is None where it was not
+    needed."""
+
+    prompt: str
+    flagged: bool
+    cheap: float
+    expensive: float | None
+
+
+@dataclass(frozen=True)
 class Cascade:
     """Decide by a cheap score where that is clear, and by an expensive one only between two limits.
 
@@ -160,6 +174,27 @@ class Cascade:
         """The decisions, [n]; `expensive` is looked at only where it is needed, and may be NaN elsewhere."""
         later = self.undecided(cheap)
         return np.where(later, expensive > self.threshold, cheap > self.high)
+
+    def decide(
+        self, scorer: SharpnessScorer, prompts: Sequence[str], *, seeds: int | Sequence[int] = 4
+    ) -> list[Decision]:
+        """Score prompts by the cheap detector, and by the expensive one those that it leaves undecided.
+
+        The scorer and the seeds are those of the table that the cascade was fitted to. Raises as the scorer.
+        """
+        cheap = _scores(scorer, prompts, self.cheap, seeds)
+        later = self.undecided(cheap)
+        expensive = np.full(len(cheap), np.nan)
+        if later.any():
+            left = [prompt for prompt, undecided in zip(prompts, later, strict=True) if undecided]
+            expensive[later] = _scores(scorer, left, self.expensive, seeds)
+        flagged = self.flagged(cheap, expensive)
+        return [
+            Decision(prompt, bool(flag), float(first), float(second) if undecided else None)
+            for prompt, flag, first, second, undecided in zip(
+                prompts, flagged, cheap, expensive, later, strict=True
+            )
+        ]
 
     def expected_cost(self, cheap: Floats, costs: Mapping[str, Cost]) -> float:
         """Passes of the network and products a prompt and seed, on average over prompts with these scores.
@@ -204,6 +239,15 @@ def fit_cascade(
     rest = np.sort(second[between])[::-1]
     threshold = float(rest[min(allowed, len(rest) - 1)]) if len(rest) else float(second.min())
     return Cascade(cheap, expensive, low, high, threshold)
+
+
+def _scores(
+    scorer: SharpnessScorer, prompts: Sequence[str], column: str, seeds: int | Sequence[int]
+) -> Floats:
+    """The scores of a column `detector@step`, [n]."""
+    name, _, step = column.partition("@")
+    table = scorer(prompts, metrics=[name], steps=(int(step),), seeds=seeds)
+    return np.array([row[name] for row in table if row["step"] == int(step)], dtype=np.float64)
 
 
 def _labels(features: Features) -> NDArray[np.bool_]:
