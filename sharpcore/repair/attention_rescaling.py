@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sharpcore import conditioning as text
 from sharpcore.errors import UnsupportedModel
 from sharpcore.repair.method import Repair, check_positive
 from sharpcore.repair.samples import Samples
-from sharpcore.repair.tokens import prompt_lengths
 
 # The run of the thread that generates: its hooks leave the passes of others through the same network alone.
 _run: ContextVar[object] = ContextVar("run", default=None)
@@ -56,7 +56,8 @@ class AttentionRescaling(Repair):
         """Add a mask of the tokens to both conditionings."""
         hidden = samples.conditional["encoder_hidden_states"]
         mask = torch.ones(hidden.shape[:2], dtype=hidden.dtype, device=hidden.device)
-        for row, length in enumerate(prompt_lengths(samples.pipe, samples.prompts)):
+        for row, prompt in enumerate(samples.prompts):
+            length = text.end_token(samples.pipe, prompt) + 1
             mask[row, max(1, length - self.mask_end) :] = 0
         for conditioning in (samples.conditional, samples.unconditional):
             conditioning["encoder_attention_mask"] = mask

@@ -12,7 +12,6 @@ from sharpcore import conditioning as text
 from sharpcore.errors import InvalidInput, UnsupportedModel
 from sharpcore.repair.method import Repair, check_positive
 from sharpcore.repair.samples import Samples
-from sharpcore.repair.tokens import prompt_lengths
 
 VARIANTS = ("partial", "replace")
 
@@ -57,7 +56,7 @@ class TokenMasking(Repair):
     @torch.no_grad()
     def prepare(self, samples: Samples) -> None:
         """Replace the conditional embeddings."""
-        lengths = prompt_lengths(samples.pipe, samples.prompts)
+        lengths = [text.end_token(samples.pipe, prompt) + 1 for prompt in samples.prompts]
         hidden = samples.conditional["encoder_hidden_states"].clone()
         if self.variant == "replace":
             for row, (prompt, length) in enumerate(zip(samples.prompts, lengths, strict=True)):
